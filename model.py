@@ -34,7 +34,7 @@ class UNetConfig:
     attention: tuple = (False, True, True)  # spatial transformers at 16x16 and 8x8: at 32x32 they cost too much
     blocks: int = 1                         # ResnetBlocks per level, on the way down and on the way up
     patch: int = 2                          # pixels folded into channels: 64x64x3 is computed as 32x32x12
-    head_dim: int = 48                      # channels of one attention head
+    head_dim: int = 32                      # channels of one attention head
     context_dim: int = 512                  # D, the text encoder's width
 
     @property
@@ -54,13 +54,6 @@ def timestep_embedding(t, dim):
 def group_norm(channels):
     """GroupNorm with 32 groups, or as near to it as the channels divide."""
     return nn.GroupNorm(math.gcd(32, channels), channels)
-
-
-def zero_init(layer):
-    """Start a residual branch's last layer at zero, so that the block begins as the identity."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class Attention(nn.Module):
@@ -117,7 +110,7 @@ class SpatialTransformer(nn.Module):
         self.norm = group_norm(channels)
         self.proj_in = nn.Linear(channels, channels)
         self.block = TransformerBlock(channels, context_dim, head_dim)
-        self.proj_out = zero_init(nn.Linear(channels, channels))
+        self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x, context, mask):
         B, C, H, W = x.shape
@@ -135,7 +128,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_channels)
         self.norm2 = group_norm(out_channels)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, time):
@@ -231,7 +224,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(UpBlock(widths[min(i + 1, len(levels) - 1)], b, time_dim, attention, i == 0, config)
                                 for i, (_, b, attention) in reversed(list(enumerate(levels))))
         self.norm_out = group_norm(widths[0])
-        self.conv_out = zero_init(nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1))
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1)
 
     def forward(self, x_t, t, context, mask):
         B, C, H, W = x_t.shape

@@ -156,9 +156,8 @@ def open_folder(folder):
 def to_rgb(picture):
     """Any PIL picture -> upright RGB, with what is transparent laid on white."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":              # 16 or 32 bits of grey, which PIL would clip
-        grey = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray((grey / max(grey.max() / 255, 257 if grey.max() > 255 else 1)).astype(np.uint8))
+    if picture.mode.startswith("I"):                                       # 16 bits of grey, which PIL would clip at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

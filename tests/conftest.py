@@ -1,0 +1,80 @@
+"""Shared by the tests: no network, the three scripts importable, small folders of pictures, one demo run."""
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"), TQDM_DISABLE="1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from model import NoiseScheduler, TextEncoder, UNet, UNetConfig  # noqa: E402
+
+TINY_CLIP = str(ROOT / "examples" / "tiny_clip")
+
+
+def run(script, *args, cwd, timeout=600, **environment):
+    """Run one of the scripts as a user would -> subprocess.CompletedProcess with its text."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,
+                          capture_output=True, timeout=timeout, env={**os.environ, **environment})
+
+
+def says_one_line(done, *words, code=1):
+    """The run ended with this exit code, and with one line that holds all the words."""
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert all(str(word) in last for word in words), last
+    return True
+
+
+@pytest.fixture(scope="session")
+def scheduler():
+    return NoiseScheduler()
+
+
+@pytest.fixture(scope="session")
+def encoder():
+    return TextEncoder(TINY_CLIP)
+
+
+@pytest.fixture
+def unet():
+    """A small UNet, untrained."""
+    torch.manual_seed(0)
+    return UNet(UNetConfig(image_size=32, channels=32, head_dim=16, context_dim=24)).eval()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """20 creatures at 16x16 in an imagefolder."""
+    from make_examples import caption, draw, make_creature
+    path = tmp_path_factory.mktemp("pictures")
+    lines = []
+    for number in range(20):
+        creature = make_creature(0, number)
+        draw(creature).resize((16, 16)).save(path / f"{number}.png")
+        lines.append('{"file_name": "%d.png", "text": "%s"}\n' % (number, caption(creature, random.Random(number))))
+    (path / "metadata.jsonl").write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def small(folder, tmp_path):
+    """Flags of a training run that takes seconds."""
+    return ["--dataset", folder, "--text-encoder", TINY_CLIP, "--image-size", 16, "--channels", 32, "--batch-size", 4,
+            "--prompts", "a red creature", "--output-dir", tmp_path / "run", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """`python train_diffusion.py --demo`, run once for all tests -> the folder in which it ran."""
+    path = tmp_path_factory.mktemp("demo")
+    done = run("train_diffusion.py", "--demo", cwd=path)
+    assert done.returncode == 0, done.stderr
+    return path

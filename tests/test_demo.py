@@ -1,0 +1,106 @@
+"""The demo as a newcomer runs it: train without a network, sample, and look with exact eyes."""
+import csv
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample_diffusion
+from conftest import ROOT, run
+from eyes import COLOURS, LEFT_OUT, body_colour
+from model import NoiseScheduler, TextEncoder, UNet, UNetConfig
+
+
+@pytest.fixture(scope="session")
+def trained(demo):
+    """(unet, encoder) as sample_diffusion.py loads them."""
+    checkpoint = sample_diffusion.load_checkpoint(demo / "output" / "demo" / "checkpoint.pt")
+    unet = UNet(UNetConfig(**checkpoint["config"])).eval()
+    unet.load_state_dict(checkpoint["ema"])
+    return unet, TextEncoder(checkpoint["flags"]["text_encoder"])
+
+
+def draw(trained, prompts, guidance_scale, seed=0):
+    """One picture a prompt at the default steps -> uint8 (B, H, W, 3)."""
+    unet, encoder = trained
+    states, mask = encoder([*prompts, ""])
+    pictures = sample_diffusion.draw(unet, NoiseScheduler(), (states[:-1], mask[:-1]), (states[-1:], mask[-1:]),
+                                     [(seed, i) for i in range(len(prompts))], guidance_scale=guidance_scale)
+    return pictures.permute(0, 2, 3, 1).numpy()
+
+
+def pairs(left_out):
+    """64 (body, tail) pairs, of those that were drawn or of those that never were."""
+    every = [(body, tail) for body in COLOURS for tail in COLOURS if ((body, tail) in LEFT_OUT) == left_out]
+    return random.Random(0).choices(sorted(every), k=64)
+
+
+def prompt(body, tail):
+    return f"a {body} creature with a {tail} tail".replace("a orange", "an orange")
+
+
+def share_right(pictures, wanted):
+    return np.mean([body_colour(picture) == body for picture, (body, _) in zip(pictures, wanted)])
+
+
+@pytest.fixture(scope="session")
+def guided(trained):
+    wanted = pairs(left_out=False)
+    return draw(trained, [prompt(*pair) for pair in wanted], sample_diffusion.GUIDANCE_SCALE), wanted
+
+
+def test_the_body_has_the_colour_asked_for(guided):
+    assert share_right(*guided) >= 0.95
+
+
+def test_and_so_it_has_where_the_combination_was_never_drawn(trained):
+    wanted = pairs(left_out=True)
+    pictures = draw(trained, [prompt(*pair) for pair in wanted], sample_diffusion.GUIDANCE_SCALE)
+    assert share_right(pictures, wanted) >= 0.80
+
+
+def test_guided_pictures_are_as_bright_as_the_drawings(guided, trained):
+    """No dark, no tinted pictures: neither caption dropout nor the clipping of x_0 is missing."""
+    rows = [json.loads(line) for line in open(ROOT / "examples" / "creatures" / "metadata.jsonl")]
+    drawings = np.stack([np.asarray(Image.open(ROOT / "examples" / "creatures" / row["file_name"])) for row in rows])
+    expected = drawings.mean(axis=(0, 1, 2))                                            # (3,) red, green, blue
+    pictures, wanted = guided
+    assert pictures.mean() == pytest.approx(drawings.mean(), rel=0.05)
+    plain = draw(trained, [prompt(*pair) for pair in wanted], 1.0)
+    assert pictures.mean() == pytest.approx(plain.mean(), rel=0.05)
+    assert np.abs(pictures.mean(axis=(0, 1, 2)) - expected).max() < 0.1 * 255
+
+
+def test_the_background_is_white_and_without_speckles(guided):
+    pictures, _ = guided
+    corners = np.concatenate([pictures[:, :2, :2].reshape(-1, 3), pictures[:, :2, -2:].reshape(-1, 3)])
+    assert np.mean(corners.min(axis=1) > 230) > 0.98
+
+
+def test_the_text_is_used(demo):
+    with open(demo / "output" / "demo" / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    last = {name: float(value) for name, value in rows[-1].items()}
+    assert last["val_loss"] < 0.97 * last["val_loss_shuffled"] and last["val_loss"] < 0.97 * last["val_loss_empty"]
+    assert last["val_loss"] < 0.5 * float(rows[0]["val_loss"])
+
+
+def test_the_readmes_next_command_draws_from_the_demo(demo):
+    done = run("sample_diffusion.py", "a red creature with a blue tail", cwd=demo)
+    assert done.returncode == 0, done.stderr
+    assert "output/demo/checkpoint.pt" in done.stdout
+    assert body_colour(np.asarray(Image.open(demo / "output" / "sample.png"))) == "red"
+
+
+def test_the_same_seed_gives_the_same_picture_in_any_batch(trained):
+    alone = draw(trained, ["a red creature with a pink tail"], 3.0)
+    together = draw(trained, ["a red creature with a pink tail"] + ["a blue creature with a red tail"] * 2, 3.0)
+    assert np.abs(alone[0].astype(int) - together[0].astype(int)).max() <= 1
+
+
+def test_checkpoints_hold_tensors_and_plain_values_only(demo):
+    checkpoint = torch.load(demo / "output" / "demo" / "checkpoint.pt", weights_only=True)
+    assert {"config", "flags", "model", "ema", "optimizer", "step", "epoch", "format"} <= set(checkpoint)

@@ -1,0 +1,256 @@
+"""model.py: the network, the text encoder, the schedule and the sampler, against independent sources."""
+import math
+
+import pytest
+import torch
+
+from model import NoiseScheduler, UNet, UNetConfig, generator_for, to_uint8
+
+
+def inputs(B=2, L=5, size=32, dim=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randn(B, 3, size, size, generator=g), torch.randint(0, 1000, (B,), generator=g),
+            torch.randn(B, L, dim, generator=g), torch.ones(B, L, dtype=torch.bool))
+
+
+# ---------------------------------------------------------------------------------------------- UNet
+
+@torch.no_grad()
+def test_the_same_input_gives_the_same_output(unet):
+    assert torch.equal(unet(*inputs()), unet(*inputs()))
+
+
+@torch.no_grad()
+def test_the_caption_and_the_time_change_the_output_and_padding_never_does(unet):
+    x, t, context, mask = inputs()
+    v = unet(x, t, context, mask)
+    assert (unet(x, t, context + 0.5 * torch.randn_like(context), mask) - v).abs().max() > 1e-3
+    assert (unet(x, (t + 300) % 1000, context, mask) - v).abs().max() > 1e-3
+    padding = 100 * torch.randn(2, 9, 24)
+    padded = unet(x, t, torch.cat([context, padding], 1), torch.cat([mask, torch.zeros(2, 9, dtype=torch.bool)], 1))
+    assert (padded - v).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_every_token_of_a_caption_reaches_the_output(unet):
+    x, t, context, mask = inputs()
+    for token in range(context.shape[1]):
+        changed = context.clone()
+        changed[:, token] = torch.randn(2, 24)
+        assert (unet(x, t, changed, mask) - unet(x, t, context, mask)).abs().max() > 1e-4
+
+
+def test_every_parameter_gets_a_gradient():
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(image_size=32, channels=32, context_dim=24))
+    (unet(*inputs()) - 1).square().mean().backward()
+    without = [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(16, 16), (24, 40), (64, 64)])
+@pytest.mark.parametrize("length", [1, 2, 77])
+def test_any_caption_length_and_any_size_that_divides(unet, size, length):
+    x = torch.randn(1, 3, *size)
+    mask = torch.ones(1, length, dtype=torch.bool)
+    assert unet(x, torch.tensor([5]), torch.randn(1, length, 24), mask).shape == x.shape
+
+
+def test_a_size_that_does_not_divide_is_named(unet):
+    with pytest.raises(ValueError, match="36x32.*multiple of 8"):
+        unet(torch.randn(1, 3, 32, 36), *[part[:1] for part in inputs()[1:]])
+
+
+def test_the_default_network_costs_a_quarter_of_the_code_it_started_from():
+    from torch.utils.flop_counter import FlopCounterMode
+    unet = UNet(UNetConfig())
+    with FlopCounterMode(display=False) as flops, torch.no_grad():
+        unet(*inputs(B=1, L=20, size=64, dim=512))
+    assert flops.get_total_flops() / 2e9 < 15.5 / 4  # GMAC of one forward pass
+
+
+# ---------------------------------------------------------------------------------------------- TextEncoder
+
+def test_captions_become_token_states_and_a_mask(encoder):
+    states, mask = encoder(["a red creature", "a red creature with a blue tail", ""])
+    assert states.shape == (3, mask.shape[1], encoder.dim) and states.dtype == torch.float32
+    assert mask.sum(1).tolist() == [5, 9, 2]  # each with its start and its end
+    assert not states.requires_grad and not any(p.requires_grad for p in encoder.parameters())
+    alone, _ = encoder(["a red creature"])
+    assert torch.allclose(alone[0], states[0, :5], atol=1e-5)
+
+
+def test_long_captions_are_cut_with_one_warning(encoder, caplog):
+    states, mask = encoder(["a red creature " * 4000, "a blue creature"])
+    encoder(["a green creature " * 100])
+    assert states.shape[1] == 77
+    assert len([r for r in caplog.records if "77 tokens" in r.message]) == 1
+
+
+# ---------------------------------------------------------------------------------------------- NoiseScheduler
+
+# alpha_bar, and the posterior's variance and two weights, from the betas of diffusers'
+# DDPMScheduler(beta_schedule='squaredcos_cap_v2') in float64
+EXPECTED = {0: [0.9999587, 0.0, 1.0, 0.0],
+            1: [0.9999126, 2.17895e-05, 0.5277814, 0.4722186],
+            100: [0.9715757, 0.0005222236, 0.01844986, 0.9815483],
+            500: [0.4922852, 0.003146005, 0.004367867, 0.9953563],
+            900: [0.02361611, 0.01973224, 0.003138349, 0.9895976],
+            998: [2.428767e-06, 0.7499939, 0.002337676, 0.499997],
+            999: [2.428736e-09, 0.9989976, 0.001556892, 0.0316225]}
+
+
+@pytest.mark.parametrize("t", EXPECTED)
+def test_the_schedule_has_the_expected_numbers(scheduler, t):
+    found = [table[t].item() for table in (scheduler.alpha_bar, scheduler.posterior_variance, scheduler.posterior_x0,
+                                           scheduler.posterior_xt)]
+    assert found == pytest.approx(EXPECTED[t], abs=1e-5)
+
+
+def test_the_schedule_is_the_papers_closed_form(scheduler):
+    def f(u):  # iDDPM Eq. 17
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+    for t in (0, 1, 500, 998):
+        assert scheduler.alpha_bar[t].item() == pytest.approx(f((t + 1) / 1000) / f(0), abs=1e-6)
+    assert 1 - scheduler.alpha_bar[999] / scheduler.alpha_bar[998] <= 0.999 + 1e-4
+    assert 1 - scheduler.alpha_bar[999] / scheduler.alpha_bar[998] >= 0.998
+
+
+def test_noise_velocity_and_picture_follow_from_each_other(scheduler):
+    x_0, noise, t = torch.randn(50, 3, 8, 8), torch.randn(50, 3, 8, 8), torch.arange(50) * 19
+    x_t, v = scheduler.add_noise(x_0, noise, t), scheduler.velocity(x_0, noise, t)
+    assert torch.allclose(scheduler.predict_x0(v, x_t, t), x_0, atol=1e-5)
+    assert torch.allclose(scheduler.predict_noise(x_0, x_t, t), noise, atol=1e-3)
+    assert x_t.var().item() == pytest.approx(1, abs=0.05)
+
+
+def diffusers_scheduler(name, steps):
+    """diffusers' scheduler of that name, its tables in float64: in float32 its 1 - alpha_bar loses digits near t = 0."""
+    diffusers = pytest.importorskip("diffusers")
+    common = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True,
+                  timestep_spacing="trailing")
+    theirs = getattr(diffusers, name)(**common)
+    theirs.betas = theirs.betas.double()
+    theirs.alphas = 1 - theirs.betas
+    theirs.alphas_cumprod = theirs.alphas.cumprod(0)
+    theirs.set_timesteps(steps)
+    return theirs
+
+
+@pytest.mark.parametrize("t", [999, 998, 700, 300, 50, 1, 0])
+def test_a_ddpm_step_is_that_of_diffusers(scheduler, t):
+    theirs = diffusers_scheduler("DDPMScheduler", 1000)
+    v, x_t = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
+    z = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(3))
+    mean = theirs.step(v.double(), t, x_t.double(), generator=torch.Generator().manual_seed(0)).prev_sample
+    if t > 0:  # swap the noise it drew in float64 for z
+        z_theirs = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        mean = mean + theirs._get_variance(t).sqrt() * (z - z_theirs)
+    expected = mean
+    now = torch.tensor([t])
+    x_0 = scheduler.predict_x0(v, x_t, now).clamp(-1, 1)
+    found = scheduler.ddpm_step(x_0, x_t, now, [torch.Generator().manual_seed(3)])
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_ddim_steps_are_those_of_diffusers(scheduler, steps):
+    theirs = diffusers_scheduler("DDIMScheduler", steps)
+    assert scheduler.timesteps(steps) == theirs.timesteps.tolist()
+    for t in theirs.timesteps.tolist():
+        v, x_t = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
+        expected = theirs.step(v.double(), t, x_t.double(), use_clipped_model_output=True).prev_sample
+        now = torch.tensor([t])
+        x_0 = scheduler.predict_x0(v, x_t, now).clamp(-1, 1)
+        found = scheduler.ddim_step(x_0, x_t, now, now - 1000 // steps)
+        assert (found - expected).abs().max() < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- sampling
+
+def test_the_times_run_from_pure_noise_down_to_zero(scheduler):
+    assert scheduler.timesteps(1000) == list(range(999, -1, -1))
+    for steps in (1, 3, 7, 50, 333):
+        times = scheduler.timesteps(steps)
+        assert len(times) == steps and times[0] == 999 and times == sorted(set(times), reverse=True)
+
+
+def draw(scheduler, network, B=2, L=3, size=32, dim=24, **options):
+    text = torch.randn(B, L, dim, generator=generator_for(1)), torch.ones(B, L, dtype=torch.bool)
+    empty = torch.zeros(B, L, dim), torch.tensor([[True] + [False] * (L - 1)] * B)
+    noise = torch.randn(B, 3, size, size, generator=generator_for(2))
+    return scheduler.sample(network, noise, text, empty, generators=[generator_for(3, i) for i in range(B)], **options)
+
+
+def test_guidance_scale_1_is_plain_conditional_sampling_bit_for_bit(scheduler, unet):
+    plain = draw(scheduler, unet, steps=5, guidance_scale=1)
+    text = torch.randn(2, 3, 24, generator=generator_for(1)), torch.ones(2, 3, dtype=torch.bool)
+    x = torch.randn(2, 3, 32, 32, generator=generator_for(2))
+    times = scheduler.timesteps(5)
+    with torch.no_grad():
+        for now, earlier in zip(times, times[1:] + [-1]):
+            t = torch.full((2,), now)
+            x_0 = scheduler.predict_x0(unet(x, t, *text), x, t).clamp(-1, 1)
+            x = scheduler.ddim_step(x_0, x, t, torch.full((2,), earlier))
+    assert torch.equal(plain, x)
+
+
+def test_guidance_steps_from_no_caption_towards_the_caption_in_one_pass(scheduler):
+    batches = []
+
+    def network(x, t, context, mask):  # answers 1 with a caption and 0.25 without
+        batches.append(len(x))
+        return torch.where(mask.all(1), 1.0, 0.25)[:, None, None, None].expand_as(x)
+    found = draw(scheduler, network, steps=1, guidance_scale=3.0)
+    t = torch.tensor([999])
+    x_T = torch.randn(2, 3, 32, 32, generator=generator_for(2))
+    expected = scheduler.predict_x0(torch.tensor(0.25 + 3 * (1 - 0.25)), x_T, t).clamp(-1, 1)  # CFG Eq. 6
+    assert batches == [4] and torch.allclose(found, expected)
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_a_network_that_knows_the_picture_brings_it_back(scheduler, steps):
+    picture = torch.rand(1, 3, 32, 32) * 2 - 1
+
+    def network(x, t, context, mask):
+        return scheduler.velocity(picture, scheduler.predict_noise(picture, x, t), t)
+    assert torch.allclose(draw(scheduler, network, steps=steps), picture.expand(2, -1, -1, -1), atol=1e-3)
+
+
+@pytest.mark.parametrize("steps, tolerance", [(1000, 0.02), (100, 0.04)])
+def test_the_sampler_reaches_the_distribution_it_should(scheduler, steps, tolerance):
+    """Pixels N(0.3, 0.2^2) have a closed-form best answer; the samples must have their mean and spread."""
+    mean, std = 0.3, 0.2
+
+    def network(x, t, context, mask):
+        signal, noise = (table[t][:, None, None, None] for table in (scheduler.signal, scheduler.noise))
+        x_0 = mean + signal * std ** 2 / (signal ** 2 * std ** 2 + noise ** 2) * (x - signal * mean)
+        return (signal * x - x_0) / noise
+    found = draw(scheduler, network, steps=steps, guidance_scale=1)
+    assert found.mean().item() == pytest.approx(mean, abs=tolerance)
+    assert found.std().item() == pytest.approx(std, abs=tolerance)
+
+
+@pytest.mark.parametrize("steps", [4, 1000])
+def test_wild_answers_stay_pictures(scheduler, steps):
+    """The picture is clipped in every step, so that a network's errors can't pile up."""
+    seen = []
+
+    def network(x, t, context, mask):
+        seen.append(x.abs().max().item())
+        return 1000 * torch.randn(x.shape, generator=generator_for(int(t[0])))
+    assert draw(scheduler, network, steps=steps).abs().max() <= 1.001
+    assert max(seen) < 8
+
+
+def test_pictures_are_clamped_before_they_become_bytes():
+    found = to_uint8(torch.tensor([-1.02, -1.0, 0.0, 1.0, 1.02, 0.999]))
+    assert found.tolist() == [0, 0, 128, 255, 255, 255]
+
+
+def test_generators_follow_from_their_key_alone():
+    def draws(*key):
+        return torch.rand(4, generator=generator_for(*key)).tolist()
+    assert draws(1, 2) == draws(1, 2)
+    assert len({tuple(draws(*key)) for key in [(1,), (2,), (1, 2), (2, 1), (1, 2, 3)]}) == 5
