@@ -10,6 +10,8 @@ import os
 import pickle
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ FORMAT = "text-to-image-diffusion-1"  # marks a checkpoint as ours, and its vers
 STEPS = 50                            # denoising steps of a picture
 GUIDANCE_SCALE = 3.0                  # weight of the prompt; 1 is plain conditional sampling
 BATCH = 16                            # pictures drawn at once: what a 16 GB Mac takes easily
+SHEET_SIZE = 128                      # smaller pictures are shown about this large on a sheet, in pixels
 MARGIN = 4                            # pixels between the pictures of a sheet
 LABEL = 18                            # pixels of height for a row's label
 
@@ -129,6 +132,26 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def hub():
+    """The address that models and data sets are fetched from."""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def use_cache_if_unreachable(*names):
+    """Where a name is no folder and the hub does not answer, have its libraries look into their cache and nowhere else.
+
+    Left alone, they try again for minutes. To be called before they are imported.
+    """
+    if all(Path(name).is_dir() for name in names):
+        return
+    try:
+        urllib.request.urlopen(hub(), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # an answer all the same
+    except (OSError, ValueError):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def load_encoder(name):
     """TextEncoder by hub name or folder; exits with one line where it can't be had."""
     try:
@@ -146,8 +169,7 @@ def first_line(error):
 
 def ways_out(name, flag):
     """What to do when something could not be fetched."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    return (f"{name} is no local folder and could not be fetched from {hub}. Set HF_ENDPOINT to a mirror, "
+    return (f"{name} is no local folder and could not be fetched from {hub()}. Set HF_ENDPOINT to a mirror, "
             f"give {flag} a local folder, or train on the built-in drawings with --demo")
 
 
@@ -171,8 +193,10 @@ def draw(unet, scheduler, text, no_text, seeds, steps=STEPS, guidance_scale=GUID
 
 
 def contact_sheet(rows):
-    """[(label, uint8 pictures (B, 3, H, W))] -> one PIL picture, a labelled row for each."""
+    """[(label, uint8 pictures (B, 3, H, W))] -> one PIL picture, a labelled row for each, small pictures enlarged."""
     B, _, H, W = max((pictures for _, pictures in rows), key=len).shape
+    zoom = max(1, SHEET_SIZE // W)
+    H, W = zoom * H, zoom * W
     font = ImageFont.load_default(size=12)
     widths = [font.getlength(label) for label, _ in rows]
     width = int(max(B * (W + MARGIN), *widths)) + MARGIN
@@ -181,7 +205,8 @@ def contact_sheet(rows):
         top = row * (LABEL + H + MARGIN)
         ImageDraw.Draw(sheet).text((MARGIN, top + 2), label, fill="black", font=font)
         for column, picture in enumerate(pictures):
-            sheet.paste(to_pil(picture), (MARGIN + column * (W + MARGIN), top + LABEL))
+            sheet.paste(to_pil(picture).resize((W, H), Image.Resampling.NEAREST),
+                        (MARGIN + column * (W + MARGIN), top + LABEL))
     return sheet
 
 
@@ -202,7 +227,9 @@ def main(argv=None):
     unet.load_state_dict(checkpoint["ema"])
     print(f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['flags']['dataset']}")
 
-    encoder = load_encoder(checkpoint["flags"]["text_encoder"])
+    encoder_name = checkpoint["flags"]["text_encoder"]
+    use_cache_if_unreachable(encoder_name)
+    encoder = load_encoder(encoder_name)
     states, mask = encoder([*args.prompts, ""])                             # one call, so all have one length L
     picture_of = torch.arange(len(args.prompts)).repeat_interleave(args.num_images)
     text, no_text = (states[picture_of], mask[picture_of]), (states[-1:], mask[-1:])

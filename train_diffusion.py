@@ -19,7 +19,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -27,7 +26,8 @@ from tqdm import tqdm
 
 from model import NoiseScheduler, UNet, UNetConfig, generator_for, per_picture
 from sample_diffusion import (FORMAT, contact_sheet, draw, first_line, load_checkpoint, load_encoder, pick_device,
-                              save_picture, seed_number, ways_out, whole_number, write_atomically)
+                              save_picture, seed_number, use_cache_if_unreachable, ways_out, whole_number,
+                              write_atomically)
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
@@ -108,6 +108,7 @@ def autocast(device, precision):
 
 def read_dataset(args):
     """--dataset -> datasets.Dataset with the columns `image` (undecoded) and `text`; exits with one line if it can't."""
+    import datasets  # here, not above: it reads at its import whether the hub is to be used
     try:
         dataset = open_folder(Path(args.dataset)) if Path(args.dataset).is_dir() else datasets.load_dataset(args.dataset)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -125,7 +126,7 @@ def read_dataset(args):
     if wanted is None:
         wanted = next((name for name in CAPTION_COLUMNS if name in columns), None)
     if wanted not in columns:
-        sys.exit(f"error: --caption-column: {args.dataset} has no column {wanted or CAPTION_COLUMNS}, only {columns}")
+        sys.exit(f"error: --caption-column: {args.dataset} has no column {wanted or CAPTION_COLUMNS!r}, only {columns}")
     if not isinstance(dataset.features[args.image_column], datasets.Image):
         sys.exit(f"error: --image-column: column {args.image_column!r} of {args.dataset} holds no pictures, but "
                  f"{dataset.features[args.image_column]}")
@@ -137,6 +138,7 @@ def read_dataset(args):
 
 def open_folder(folder):
     """A local folder in one of the three layouts that the README names -> datasets.Dataset. Raises ValueError."""
+    import datasets
     if parquet := sorted(str(path) for path in folder.rglob("*.parquet")):
         return datasets.load_dataset("parquet", data_files=parquet, split="train")
     if any(next(folder.rglob(f"metadata.{suffix}"), None) for suffix in ("jsonl", "csv")):
@@ -181,12 +183,13 @@ class Pictures:
     """
 
     def __init__(self, dataset, size, encoder, encoder_name):
+        from datasets.fingerprint import Hasher
         if not len(dataset):
             raise ValueError("no pictures in it")
         self.size, self.dim = size, encoder.dim
         no_states, no_mask = encoder([""])
         # The empty caption's states stand for the encoder in the cache's name: other weights give other states.
-        key = datasets.fingerprint.Hasher.hash((dataset._fingerprint, size, encoder_name, no_states.numpy().tobytes()))
+        key = Hasher.hash((dataset._fingerprint, size, encoder_name, no_states.numpy().tobytes()))
         self.rows = dataset.map(self.prepare, batched=True, batch_size=64, fn_kwargs=dict(encoder=encoder),
                                 remove_columns=dataset.column_names, new_fingerprint=key,
                                 desc="decoding pictures, encoding captions")
@@ -419,6 +422,7 @@ def draw_samples(run, path):
 
 def prepare_data(args):
     """Arguments -> Pictures, and the states of the prompts and of the empty caption, last. CLIP is then let go."""
+    use_cache_if_unreachable(args.text_encoder, args.dataset)
     encoder = load_encoder(args.text_encoder)
     dataset = read_dataset(args)
     try:
