@@ -31,7 +31,7 @@ from sample_diffusion import (FORMAT, contact_sheet, draw, first_line, load_chec
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=64, epochs=60, batch_size=32, lr=2e-3, sample_every=10,  # minutes on 2 CPU cores
+            image_size=32, channels=64, epochs=50, batch_size=32, lr=2e-3, sample_every=10,  # minutes on 2 CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
@@ -66,7 +66,7 @@ def parse_args(argv=None):
     add("--image-size", type=whole_number, default=64, help="pixels a side")
     add("--channels", type=whole_number, default=UNetConfig.channels, help="width of the UNet's first level")
     add("--epochs", type=whole_number, default=300, help="passes over the training pictures, in all")
-    add("--batch-size", type=whole_number, default=32, help="pictures a step")
+    add("--batch-size", type=whole_number, default=8, help="pictures a step")
     add("--lr", type=float, default=1e-3, help="highest learning rate of AdamW")
     add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")

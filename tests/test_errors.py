@@ -19,6 +19,7 @@ def call(main, capfd, flags):
         main([str(flag) for flag in flags])
     message = ended.value.code
     if isinstance(message, str):
+        assert "\n" not in message
         return SimpleNamespace(returncode=1, stderr=message)
     return SimpleNamespace(returncode=message, stderr=capfd.readouterr().err)
 
