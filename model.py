@@ -351,13 +351,13 @@ class NoiseScheduler(nn.Module):
         return [round(self.num_timesteps * (1 - i / steps)) - 1 for i in range(steps)]
 
     @torch.no_grad()
-    def sample(self, unet, noise, text, no_text, steps=50, guidance_scale=3.0, generators=None, progress=iter):
+    def sample(self, unet, noise, text, no_text, steps=50, guidance_scale=3.0, generators=None, on_step=None):
         """Run the process backwards: noise (B, 3, H, W) -> pictures (B, 3, H, W) in [-1, 1].
 
         text, no_text: (states (B, L, D), mask (B, L)) of the captions and of the empty caption, of one length L.
         steps: T (1,000) is DDPM, with fresh noise from one CPU generator a picture; fewer steps are DDIM.
         guidance_scale: 1 is plain conditional sampling; above 1 steps further from 'no caption' towards the caption.
-        progress: wraps the list of times, for a progress bar.
+        on_step: called after every step, for a progress bar.
         """
         guided = guidance_scale != 1
         (context, mask), (no_context, no_mask) = text, no_text
@@ -365,7 +365,7 @@ class NoiseScheduler(nn.Module):
             context, mask = torch.cat([no_context, context]), torch.cat([no_mask, mask])
         times = self.timesteps(steps)
         x_t = noise
-        for now, earlier in progress(list(zip(times, times[1:] + [-1]))):
+        for now, earlier in zip(times, times[1:] + [-1]):
             t = torch.full((len(x_t),), now, device=x_t.device)         # (B,)
 
             # 1. The network's estimate, twice the batch where it is guided
@@ -383,6 +383,8 @@ class NoiseScheduler(nn.Module):
                 x_t = self.ddpm_step(x_0, x_t, t, generators)
             else:
                 x_t = self.ddim_step(x_0, x_t, t, torch.full_like(t, earlier))
+            if on_step:
+                on_step()
         return x_t
 
 

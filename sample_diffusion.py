@@ -186,8 +186,8 @@ def draw(unet, scheduler, text, no_text, seeds, steps=STEPS, guidance_scale=GUID
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
         few = tuple(part[start:start + BATCH].to(device) for part in text)
         none = tuple(part.expand(len(noise), *part.shape[1:]).contiguous().to(device) for part in no_text)
-        progress = iter if bar is None else lambda times: (bar.update(len(noise)) or time for time in times)
-        x_0 = scheduler.sample(unet, noise, few, none, steps, guidance_scale, generators, progress)
+        on_step = None if bar is None else (lambda: bar.update(len(noise)))
+        x_0 = scheduler.sample(unet, noise, few, none, steps, guidance_scale, generators, on_step)
         pictures.append(to_uint8(x_0).cpu())
     return torch.cat(pictures)
 
