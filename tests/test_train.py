@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import train_diffusion as train
 from conftest import ROOT, TINY_CLIP, run, says_one_line
@@ -183,6 +184,43 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
     rates = [train.learning_rate(step, 1000, 1e-3) for step in range(1000)]
     assert rates[0] < 5e-5 and max(rates) == pytest.approx(1e-3) and rates[-1] < 1e-5
     assert rates.index(max(rates)) < 100
+
+
+# ---------------------------------------------------------------------------------------------- one step
+
+@pytest.fixture
+def fresh_run(pictures, tmp_path):
+    """What main() makes before its first step."""
+    args = train.parse_args(["--image-size", "16", "--channels", "32", "--batch-size", "4", "--precision", "fp32",
+                             "--output-dir", str(tmp_path / "run")])
+    return train.start(args, torch.device("cpu"), pictures, None)
+
+
+def test_gradients_are_clipped(fresh_run):
+    weights = list(fresh_run.unet.parameters())
+    fresh_run.optimizer = torch.optim.SGD(weights)  # moves by exactly lr times the gradient
+    with torch.no_grad():
+        fresh_run.unet.conv_out.weight *= 1000      # far beyond a norm of 1 if left alone
+    before = [weight.detach().clone() for weight in weights]
+    train.train_step(fresh_run, range(4), lr=1.0)
+    moved = torch.stack([(a - b).norm() for a, b in zip(weights, before)]).norm().item()
+    assert moved == pytest.approx(1.0, rel=1e-3)
+
+
+def test_the_average_is_a_copy(fresh_run):
+    train.train_step(fresh_run, range(4), lr=1e-3)
+    trained, average = fresh_run.unet.state_dict(), fresh_run.ema.state_dict()
+    assert any(not torch.equal(trained[name], average[name]) for name in trained)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(fresh_run, tmp_path):
+    with torch.no_grad():
+        fresh_run.unet.conv_out.bias.fill_(math.inf)
+    with pytest.raises(SystemExit, match="not finite at step .*no checkpoint was written yet.*--lr"):
+        train.train_epoch(fresh_run, list(range(18)), 100, tqdm(disable=True), argparse.Namespace(signal=None))
+    with pytest.raises(SystemExit, match="not finite"):
+        train.save(fresh_run, tmp_path / "checkpoint.pt")
+    assert not list(tmp_path.glob("**/checkpoint.pt*"))
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
