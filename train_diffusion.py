@@ -188,8 +188,10 @@ class Pictures:
             raise ValueError("no pictures in it")
         self.size, self.dim = size, encoder.dim
         no_states, no_mask = encoder([""])
-        # The empty caption's states stand for the encoder in the cache's name: other weights give other states.
-        key = Hasher.hash((dataset._fingerprint, size, encoder_name, no_states.numpy().tobytes()))
+        # The file's name follows from all that decides its content; the empty caption's states stand for the encoder's
+        # weights, and this script for what it does to the pictures.
+        key = Hasher.hash((dataset._fingerprint, size, encoder_name, no_states.numpy().tobytes(),
+                           Path(__file__).read_bytes()))
         self.rows = dataset.map(self.prepare, batched=True, batch_size=64, fn_kwargs=dict(encoder=encoder),
                                 remove_columns=dataset.column_names, new_fingerprint=key,
                                 desc="decoding pictures, encoding captions")
