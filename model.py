@@ -68,6 +68,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(dim, dim)
 
     def split_heads(self, x):
+        """(B, N, C) -> (B, heads, N, head_dim)."""
         B, N, C = x.shape
         # contiguous: Apple's GPU computes wrong results for permuted q, k, v
         return x.view(B, N, self.heads, C // self.heads).transpose(1, 2).contiguous()  # (B, heads, N, head_dim)

@@ -305,6 +305,7 @@ class StopWish:
             signal.signal(number, self.note)
 
     def note(self, number, frame):
+        """What Python calls when the signal arrives; frame, where it was, does not matter."""
         self.signal = number
 
 
