@@ -34,7 +34,7 @@ class UNetConfig:
     attention: tuple = (False, True, True)  # spatial transformers at 16x16 and 8x8: at 32x32 they cost too much
     blocks: int = 1                         # ResnetBlocks per level, on the way down and on the way up
     patch: int = 2                          # pixels folded into channels: 64x64x3 is computed as 32x32x12
-    head_dim: int = 32                      # channels of one attention head
+    head_dim: int = 64                      # channels of one attention head
     context_dim: int = 512                  # D, the text encoder's width
 
     @property
