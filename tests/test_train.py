@@ -207,6 +207,36 @@ def test_gradients_are_clipped(fresh_run):
     assert moved == pytest.approx(1.0, rel=1e-3)
 
 
+def test_every_step_has_its_own_noise_and_a_repeated_step_has_the_same(fresh_run, monkeypatch):
+    drawn, loss = [], train.diffusion_loss
+
+    def look(unet, scheduler, x_0, states, mask, t, noise):
+        drawn.append((t.tolist(), noise.flatten().tolist()))
+        return loss(unet, scheduler, x_0, states, mask, t, noise)
+    monkeypatch.setattr(train, "diffusion_loss", look)
+    for _ in range(2):
+        train.train_step(fresh_run, range(4), lr=1e-3)
+    fresh_run.state["step"] = 0
+    train.train_step(fresh_run, range(4), lr=1e-3)
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(fresh_run, monkeypatch):
+    taken = []
+
+    def look(run, indices, lr):
+        taken.append(indices)
+        run.state["step"] += 1
+        return torch.tensor(0.0)
+    monkeypatch.setattr(train, "train_step", look)
+    for _ in range(2):
+        train.train_epoch(fresh_run, list(range(100, 118)), 8, tqdm(disable=True), argparse.Namespace(signal=None))
+        fresh_run.state["epoch"] += 1
+    first, second = sum(taken[:4], []), sum(taken[4:], [])
+    assert len(set(first)) == len(set(second)) == 16 and set(first + second) <= set(range(100, 118))
+    assert first != second
+
+
 def test_the_average_is_a_copy(fresh_run):
     train.train_step(fresh_run, range(4), lr=1e-3)
     trained, average = fresh_run.unet.state_dict(), fresh_run.ema.state_dict()
