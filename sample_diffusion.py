@@ -9,9 +9,9 @@ import argparse
 import os
 import pickle
 import sys
-import tempfile
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -88,20 +88,18 @@ def write_atomically(path, write):
 
     Whenever the power goes or the process is killed, `path` holds either the old content or the new.
     """
+    beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp", delete=False) as file:
-            try:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        sys.exit(f"error: {path} could not be written: {str(error).splitlines()[0]}")
+        with suppress(OSError):
+            beside.unlink()
+        sys.exit(f"error: {path} could not be written: {first_line(error)}")
 
 
 def save_picture(picture, path):

@@ -18,10 +18,11 @@ from model import NoiseScheduler, TextEncoder, UNet, UNetConfig  # noqa: E402
 TINY_CLIP = str(ROOT / "examples" / "tiny_clip")
 
 
-def run(script, *args, cwd, timeout=600, **environment):
+def run(script, *args, cwd, timeout=600, preexec_fn=None, **environment):
     """Run one of the scripts as a user would -> subprocess.CompletedProcess with its text."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True,
-                          capture_output=True, timeout=timeout, env={**os.environ, **environment})
+                          capture_output=True, timeout=timeout, preexec_fn=preexec_fn,
+                          env={**os.environ, **environment})
 
 
 def says_one_line(done, *words, code=1):

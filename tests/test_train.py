@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import resource
 import shutil
 import subprocess
 
@@ -321,6 +322,25 @@ def stop_in_the_second_epoch(flags, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(small, tmp_path):
+    first = run("train_diffusion.py", *small, "--epochs", 1, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+
+    def no_large_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes: less than a checkpoint
+    done = run("train_diffusion.py", *small, "--epochs", 2, "--resume", cwd=tmp_path, preexec_fn=no_large_files)
+    assert says_one_line(done, tmp_path / "run" / "checkpoint.pt", "could not be written")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_an_output_folder_that_can_not_be_made(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("train_diffusion.py", *small, "--epochs", 1, "--output-dir", tmp_path / "file" / "run", cwd=tmp_path)
+    assert says_one_line(done, tmp_path / "file" / "run", "could not be written")
 
 
 def test_nothing_that_a_run_writes_dirties_the_checkout():
