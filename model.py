@@ -4,7 +4,7 @@
     python sample_diffusion.py     # draws with it
 
 Shapes: B pictures, C channels, H x W pixels, N = H * W positions, L caption tokens, D their width.
-Symbols: x_0 a picture in [-1, 1], x_t the same with noise, t = 0 ... T-1 (0 is nearly clean),
+Symbols: x_0 a picture in [-1, 1], x_t the same with noise, t = 0 ... T-1 (0 is nearly clean; the papers count from 1),
 alpha_bar_t the share of the picture's variance left in x_t; 1 - alpha_bar_t is noise.
 
 Papers, named at each formula by these short names:
@@ -121,7 +121,7 @@ class SpatialTransformer(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with a residual; the time scales and shifts the features between them (iDDPM, section 3)."""
+    """Two convolutions with a residual; the time scales and shifts the features between them (iDDPM, appendix A)."""
 
     def __init__(self, in_channels, out_channels, time_dim):
         super().__init__()
@@ -341,11 +341,11 @@ class NoiseScheduler(nn.Module):
         z = torch.stack([torch.randn(x_t.shape[1:], generator=g) for g in generators])  # on the CPU: same everywhere
         return mean + variance.sqrt() * z.to(x_t.device)                                # the variance is 0 at t = 0
 
-    def ddim_step(self, x_0, x_t, t, t_prev):
-        """x at the earlier time t_prev, without fresh noise (DDIM Eq. 12 with sigma 0). t_prev < 0: the picture."""
-        if t_prev[0] < 0:
+    def ddim_step(self, x_0, x_t, t, earlier):
+        """x at the time `earlier`, an int, without fresh noise (DDIM Eq. 12 with sigma 0); -1 is the clean picture."""
+        if earlier < 0:
             return x_0
-        return self.add_noise(x_0, self.predict_noise(x_0, x_t, t), t_prev)
+        return self.add_noise(x_0, self.predict_noise(x_0, x_t, t), torch.full_like(t, earlier))
 
     def timesteps(self, steps):
         """`steps` times from T-1 down, evenly spaced, so that the first is pure noise: list of ints."""
@@ -383,7 +383,7 @@ class NoiseScheduler(nn.Module):
             if steps == self.num_timesteps:
                 x_t = self.ddpm_step(x_0, x_t, t, generators)
             else:
-                x_t = self.ddim_step(x_0, x_t, t, torch.full_like(t, earlier))
+                x_t = self.ddim_step(x_0, x_t, t, earlier)
             if on_step:
                 on_step()
         return x_t

@@ -107,12 +107,13 @@ def autocast(device, precision):
 # ---------------------------------------------------------------------------------------------- data
 
 def read_dataset(args):
-    """--dataset -> datasets.Dataset with the columns `image` (undecoded) and `text`; exits with one line if it can't."""
+    """--dataset -> datasets.Dataset with the columns `image` (undecoded) and `text`; exits with one line if wrong."""
     import datasets  # here, not above: it reads at its import whether the hub is to be used
+    folder = Path(args.dataset)
     try:
-        dataset = open_folder(Path(args.dataset)) if Path(args.dataset).is_dir() else datasets.load_dataset(args.dataset)
+        dataset = open_folder(folder) if folder.is_dir() else datasets.load_dataset(args.dataset)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if Path(args.dataset).exists():
+        if folder.exists():
             sys.exit(f"error: --dataset {args.dataset}: {first_line(error)}")
         sys.exit(f"error: --dataset: {ways_out(args.dataset, '--dataset')}")
     if isinstance(dataset, dict):  # a DatasetDict, as the hub gives it
@@ -158,7 +159,7 @@ def open_folder(folder):
 def to_rgb(picture):
     """Any PIL picture -> upright RGB, with what is transparent laid on white."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):                                       # 16 bits of grey, which PIL would clip at 255
+    if picture.mode.startswith("I"):                                      # 16 bits of grey, which PIL would clip at 255
         picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")

@@ -47,7 +47,8 @@ def main():
     bf16 = "bfloat16" if isinstance(run.amp, torch.autocast) else "float32"
 
     def step(number):
-        train.train_step(run, [(number * args.batch_size + i) % len(pictures.rows) for i in range(args.batch_size)], 1e-4)
+        first = number * args.batch_size % 300
+        train.train_step(run, range(first, first + args.batch_size), 1e-4)
 
     with FlopCounterMode(display=False) as counter:
         step(0)

@@ -125,7 +125,8 @@ def test_a_checkpoint_that_is_none(sample, tmp_path, content):
     if content in ("empty", "text"):
         path.write_text("" if content == "empty" else "hello")
     elif content != "missing":
-        torch.save({"other": {"model": torch.zeros(3)}, "list": [1, 2], "evil": Evil()}.get(content, torch.zeros(999)), path)
+        saved = {"other": {"model": torch.zeros(3)}, "list": [1, 2], "evil": Evil(), "truncated": torch.zeros(999)}
+        torch.save(saved[content], path)
     if content == "truncated":
         path.write_bytes(path.read_bytes()[:800])
     assert says_one_line(sample("a cat", "--checkpoint", path), path)

@@ -303,8 +303,8 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(small, tmp_path):
         assert all(torch.equal(found[part][name], value) for name, value in straight[part].items())
     assert found["step"] == straight["step"] == 8 and found["loss_sum"] == straight["loss_sum"]
     with open(tmp_path / "run" / "log.csv") as file, open(tmp_path / "whole" / "log.csv") as other:
-        losses = [[(row["epoch"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(f)] for f in (file, other)]
-    assert losses[0] == losses[1]
+        rows = [[(row["epoch"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(f)] for f in (file, other)]
+    assert rows[0] == rows[1]
     differs = run("train_diffusion.py", *process, "--resume", "--lr", "0.5", cwd=tmp_path)
     assert says_one_line(differs, "--lr is 0.5")
 
