@@ -303,6 +303,7 @@ class NoiseScheduler(nn.Module):
         alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])  # alpha_bar_{t-1}
 
         def table(name, values):
+            """Keep values (T,) as self.name; not in checkpoints, since num_timesteps gives them again."""
             self.register_buffer(name, values.float(), persistent=False)
 
         # q(x_t | x_0) = N(signal x_0, noise^2 I), DDPM Eq. 4
