@@ -2,6 +2,7 @@
 
     python sample_diffusion.py "a red pokemon with a red fire tail" --num-images 4
     python sample_diffusion.py "a water type pokemon" --compare       # plain above guided, from the same noise
+    python sample_diffusion.py "a water type pokemon" --animate       # and a .gif of the noise turning into it
 
 The checkpoint names the network, the noise schedule and the text encoder: nothing else has to be given.
 """
@@ -11,7 +12,7 @@ import pickle
 import sys
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ STEPS = 50                            # denoising steps of a picture
 GUIDANCE_SCALE = 3.0                  # weight of the prompt; 1 is plain conditional sampling
 BATCH = 16                            # pictures drawn at once: what a 16 GB Mac takes easily
 SHEET_SIZE = 128                      # smaller pictures are shown about this large on a sheet, in pixels
+FRAMES = 50                           # of an animation, at the most
+FRAME_TIME, LAST_FRAME_TIME = 60, 2500  # for how long each is seen, in milliseconds
 MARGIN = 4                            # pixels between the pictures of a sheet
 LABEL = 18                            # pixels of height for a row's label
 
@@ -59,6 +62,8 @@ def parse_args(argv=None):
     parser.add_argument("--num-images", type=whole_number, default=1, help="pictures a prompt")
     parser.add_argument("--compare", action="store_true",
                         help="a sheet with plain sampling above guided, from the same starting noise")
+    parser.add_argument("--animate", action="store_true",
+                        help="also write a .gif beside --output: the noise turning into the pictures")
     parser.add_argument("--seed", type=seed_number, default=0, help="starting noise: same seed, same pictures")
     parser.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), cuda, mps or cpu")
     parser.add_argument("--output", type=Path, default=Path("output/sample.png"),
@@ -80,6 +85,8 @@ def pick_device(name):
         name = next(device for device, there in found.items() if there)
     if not found.get(name):
         sys.exit(f"error: --device {name}: this machine has {', '.join(d for d, there in found.items() if there)}")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun starts one process a GPU
     return torch.device(name)
 
 
@@ -130,6 +137,22 @@ def load_checkpoint(path):
     return checkpoint
 
 
+@contextmanager
+def fits(path):
+    """Exits with one line where what a checkpoint holds is not what this version of the code expects."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        sys.exit(f"error: checkpoint {path} does not fit this version of model.py: {first_line(error)}")
+
+
+def check_writable(flag, folder):
+    """Exits with one line, before any work is done, where `folder` can neither be written to nor be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        sys.exit(f"error: {flag} {folder}: {there} is no folder that can be written to")
+
+
 def hub():
     """The address that models and data sets are fetched from."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -171,11 +194,12 @@ def ways_out(name, flag):
             f"give {flag} a local folder, or train on the built-in drawings with --demo")
 
 
-def draw(unet, scheduler, text, no_text, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, bar=None):
+def draw(unet, scheduler, text, no_text, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, on_step=None):
     """Captions' states -> uint8 pictures (B, 3, H, W) on the CPU, one for each key of `seeds`.
 
     text: (states (B, L, D), mask (B, L)); no_text: the same of the empty caption, (1, L, D) and (1, L).
     seeds: B tuples of whole numbers. A picture's noise follows from its own, whatever batch it is drawn in.
+    on_step: called with every x_t of every batch.
     """
     device = scheduler.signal.device
     size, pictures = unet.config.image_size, []
@@ -184,7 +208,6 @@ def draw(unet, scheduler, text, no_text, seeds, steps=STEPS, guidance_scale=GUID
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
         few = tuple(part[start:start + BATCH].to(device) for part in text)
         none = tuple(part.expand(len(noise), *part.shape[1:]).contiguous().to(device) for part in no_text)
-        on_step = None if bar is None else (lambda: bar.update(len(noise)))
         x_0 = scheduler.sample(unet, noise, few, none, steps, guidance_scale, generators, on_step)
         pictures.append(to_uint8(x_0).cpu())
     return torch.cat(pictures)
@@ -216,44 +239,72 @@ def to_pil(picture):
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
+    check_writable("--output", args.output.parent)
     path = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
-    scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
+    with fits(path):
+        scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
+        unet = UNet(UNetConfig(**checkpoint["config"])).to(device).eval()
+        unet.load_state_dict(checkpoint["ema"])
+        encoder_name = checkpoint["flags"]["text_encoder"]
+        print(f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['flags']['dataset']}")
     if args.steps > scheduler.num_timesteps:
         sys.exit(f"error: --steps {args.steps}: the schedule of {path} has {scheduler.num_timesteps}")
-    unet = UNet(UNetConfig(**checkpoint["config"])).to(device).eval()
-    unet.load_state_dict(checkpoint["ema"])
-    print(f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['flags']['dataset']}")
 
-    encoder_name = checkpoint["flags"]["text_encoder"]
     use_cache_if_unreachable(encoder_name)
     encoder = load_encoder(encoder_name)
+    if encoder.dim != unet.config.context_dim:
+        sys.exit(f"error: text encoder {encoder_name} is {encoder.dim} wide; {path} was trained with one of "
+                 f"{unet.config.context_dim}")
     states, mask = encoder([*args.prompts, ""])                             # one call, so all have one length L
     picture_of = torch.arange(len(args.prompts)).repeat_interleave(args.num_images)
     text, no_text = (states[picture_of], mask[picture_of]), (states[-1:], mask[-1:])
     seeds = [(args.seed, i) for _ in args.prompts for i in range(args.num_images)]  # prompts share their noise
 
     scales = [1.0, args.guidance_scale] if args.compare else [args.guidance_scale]
+    noisy = []                                                              # every x_t, for --animate
     with tqdm(total=len(scales) * len(seeds) * args.steps, unit=" picture steps", leave=False) as bar:
-        drawn = [draw(unet, scheduler, text, no_text, seeds, args.steps, scale, bar) for scale in scales]
-    write_pictures(args, scales, [pictures.split(args.num_images) for pictures in drawn])
+        def on_step(x_t):
+            bar.update(len(x_t))
+            if args.animate:
+                noisy.append(to_uint8(x_t).cpu())
+        drawn = [draw(unet, scheduler, text, no_text, seeds, args.steps, scale, on_step) for scale in scales]
+    write_pictures(args, scales, torch.cat(drawn))
+    if args.animate:
+        write_animation(args, scales, noisy)
 
 
-def write_pictures(args, scales, drawn):
-    """Save what was drawn, drawn[scale][prompt] (num_images, 3, H, W), and print where."""
-    pictures = torch.cat([torch.cat(by_prompt) for by_prompt in drawn])
+def labelled(args, scales, pictures):
+    """Pictures in the order they were drawn in -> the rows of a sheet: each prompt's, at each scale."""
+    groups = pictures.unflatten(0, (len(scales), len(args.prompts), args.num_images))
+    return [(f"{prompt} (guidance {scale:g})", groups[s, p])
+            for p, prompt in enumerate(args.prompts) for s, scale in enumerate(scales)]
+
+
+def write_pictures(args, scales, pictures):
+    """Save the pictures (scales * prompts * num_images, 3, H, W), several with their contact sheet, and print where."""
     if len(pictures) == 1:
         save_picture(to_pil(pictures[0]), args.output)
         print(args.output)
         return
-    rows = [(f"{prompt} (guidance {scale:g})", drawn[s][p])
-            for p, prompt in enumerate(args.prompts) for s, scale in enumerate(scales)]
+    rows = labelled(args, scales, pictures)
     save_picture(contact_sheet(rows), args.output)
     print(args.output)
     for i, picture in enumerate(pictures for _, row in rows for pictures in row):
         path = args.output.with_stem(f"{args.output.stem}_{i:02d}")
         save_picture(to_pil(picture), path)
         print(path)
+
+
+def write_animation(args, scales, noisy):
+    """Save a .gif of contact sheets from `noisy`, the x_t of all steps of the first batch, then of the next ..."""
+    moments = torch.linspace(0, args.steps - 1, min(FRAMES, args.steps)).round().int().tolist()
+    sheets = [contact_sheet(labelled(args, scales, torch.cat(noisy[moment::args.steps]))) for moment in moments]
+    times = [FRAME_TIME] * (len(sheets) - 1) + [LAST_FRAME_TIME]
+    path = args.output.with_suffix(".gif")
+    write_atomically(path, lambda file: sheets[0].save(file, format="GIF", save_all=True, append_images=sheets[1:],
+                                                       duration=times, loop=0))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python train_diffusion.py --demo                   # the drawings in examples/: no download, a few minutes
     python train_diffusion.py --dataset my_pictures    # a folder of pictures and captions
     python train_diffusion.py --resume                 # go on where the last run stopped
+    torchrun --nproc-per-node=2 train_diffusion.py     # on two GPUs; --batch-size stays the size of the whole batch
 
 It writes to --output-dir: checkpoint.pt, log.csv (a row an epoch), loss.png and samples/epoch_0010.png ...
 """
@@ -11,6 +12,7 @@ import argparse
 import csv
 import io
 import math
+import os
 import signal
 import sys
 import time
@@ -22,12 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model import NoiseScheduler, UNet, UNetConfig, generator_for, per_picture
-from sample_diffusion import (FORMAT, contact_sheet, draw, first_line, load_checkpoint, load_encoder, pick_device,
-                              save_picture, seed_number, use_cache_if_unreachable, ways_out, whole_number,
-                              write_atomically)
+from sample_diffusion import (FORMAT, check_writable, contact_sheet, draw, first_line, fits, load_checkpoint,
+                              load_encoder, pick_device, save_picture, seed_number, use_cache_if_unreachable, ways_out,
+                              whole_number, write_atomically)
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
@@ -112,7 +116,7 @@ def read_dataset(args):
     folder = Path(args.dataset)
     try:
         dataset = open_folder(folder) if folder.is_dir() else datasets.load_dataset(args.dataset)
-    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, LookupError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
         if folder.exists():
             sys.exit(f"error: --dataset {args.dataset}: {first_line(error)}")
         sys.exit(f"error: --dataset: {ways_out(args.dataset, '--dataset')}")
@@ -147,13 +151,20 @@ def open_folder(folder):
     pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
     if not pictures:
         raise ValueError("no metadata.jsonl or metadata.csv, no .parquet file and no picture in this folder")
-    for path in pictures:
-        if not path.with_suffix(".txt").is_file():
-            raise ValueError(f"{path.name} has no caption: expected {path.with_suffix('.txt').name} beside it, or one "
-                             "metadata.jsonl or metadata.csv with the columns file_name and text")
-    rows = {"image": [str(path) for path in pictures],
-            "text": [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in pictures]}
+    rows = {"image": [str(path) for path in pictures], "text": [read_caption(path) for path in pictures]}
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+
+def read_caption(picture):
+    """The text in the .txt beside a picture. Raises ValueError where there is none."""
+    path = picture.with_suffix(".txt")
+    if not path.is_file():
+        raise ValueError(f"{picture.name} has no caption: expected {path.name} beside it, or one metadata.jsonl or "
+                         "metadata.csv with the columns file_name and text")
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no text in UTF-8") from error
 
 
 def to_rgb(picture):
@@ -172,7 +183,7 @@ def decode(image, size):
     try:
         with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as picture:
             square = ImageOps.fit(to_rgb(picture), (size, size), Image.Resampling.BILINEAR)  # antialiased by PIL
-    except (OSError, ValueError, SyntaxError, TypeError, AttributeError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's readers of some twenty formats raise whatever a damaged file leads them to
         raise ValueError(f"picture {image and image['path']}: can't be read: {first_line(error)}") from error
     return np.asarray(square).transpose(2, 0, 1)
 
@@ -301,13 +312,21 @@ class StopWish:
     """Turns Ctrl-C and SIGTERM into a wish that the training loop grants after the step it is in."""
 
     def __init__(self):
-        self.signal = None
+        self.signal = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.note)
 
     def note(self, number, frame):
         """What Python calls when the signal arrives; frame, where it was, does not matter."""
         self.signal = number
+
+    def granted(self, run):
+        """The signal that was sent, or 0. Several processes agree on it: all have to stop after the same step."""
+        if run.processes > 1:
+            sent = torch.tensor(self.signal, device=run.scheduler.signal.device)
+            distributed.all_reduce(sent, distributed.ReduceOp.MAX)
+            self.signal = sent.item()
+        return self.signal
 
 
 @dataclass
@@ -318,27 +337,37 @@ class Run:
     prompts_text: tuple               # (states, mask) of the --prompts and, last, of the empty caption
     scheduler: NoiseScheduler
     unet: UNet
+    model: nn.Module                  # the unet, or under torchrun what averages its gradients over the processes
     ema: UNet                         # a copy that holds the averaged weights: what validation and samples show
     optimizer: torch.optim.Optimizer
     amp: object                       # the context that the forward pass runs under
     state: dict                       # step, epoch ...: the plain values of the checkpoint
+    rank: int                         # this process's number under torchrun, else 0: the one that writes
+    processes: int                    # how many there are
 
 
 def train_step(run, indices, lr):
-    """One step of DDPM Algorithm 1 -> the loss, still on the device; not finite if the gradients were not."""
+    """One step of DDPM Algorithm 1 -> the loss, still on the device; not finite if the gradients were not.
+
+    Each of several processes draws the whole batch, the same in all of them, and learns from its share of it.
+    """
     step, device = run.state["step"], run.scheduler.signal.device
     batch = training_batch(run.pictures, indices, run.scheduler, generator_for(run.args.seed, 3, step))
     for group in run.optimizer.param_groups:
         group["lr"] = lr
+    share = [part[run.rank::run.processes].to(device) for part in batch]  # all of it where there is one process
     with run.amp:
-        loss = diffusion_loss(run.unet, run.scheduler, *(part.to(device) for part in batch)).mean()
+        loss = diffusion_loss(run.model, run.scheduler, *share).mean()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.unet.parameters(), CLIP_NORM)
     run.optimizer.step()
     run.optimizer.zero_grad()
     update_ema(run.ema, run.unet, step)
     run.state["step"] += 1
-    return loss.detach() + 0 * norm  # 0 * inf is not a number, so that one check later finds either
+    loss = loss.detach() + 0 * norm  # 0 * inf is not a number, so that one check later finds either
+    if run.processes > 1:
+        distributed.all_reduce(loss)
+    return loss / run.processes
 
 
 def to_cpu(tree):
@@ -368,14 +397,16 @@ def save(run, path):
 def resume(run, path):
     """Take up what `save` wrote; exits with one line where that run had other flags."""
     checkpoint = load_checkpoint(path)
-    differ = [f"--{name.replace('_', '-')} is {value}, was {checkpoint['flags'][name]}"
-              for name, value in run.state["flags"].items() if checkpoint["flags"][name] != value]
+    with fits(path):
+        differ = [f"--{name.replace('_', '-')} is {value}, was {checkpoint['flags'][name]}"
+                  for name, value in run.state["flags"].items() if checkpoint["flags"][name] != value]
     if differ:
         sys.exit(f"error: --resume: {path} was trained with other flags: {'; '.join(differ)}")
-    run.unet.load_state_dict(checkpoint["model"])
-    run.ema.load_state_dict(checkpoint["ema"])
-    run.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.state = {name: checkpoint[name] for name in run.state}
+    with fits(path):
+        run.unet.load_state_dict(checkpoint["model"])
+        run.ema.load_state_dict(checkpoint["ema"])
+        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        run.state = {name: checkpoint[name] for name in run.state}
 
 
 def read_log(path, epochs):
@@ -424,6 +455,11 @@ def draw_samples(run, path):
     save_picture(contact_sheet(list(zip(prompts, pictures.split(SAMPLES)))), path)
 
 
+def torchrun():
+    """This process's number and how many there are: (0, 1) unless torchrun started several."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def prepare_data(args):
     """Arguments -> Pictures, and the states of the prompts and of the empty caption, last. CLIP is then let go."""
     use_cache_if_unreachable(args.text_encoder, args.dataset)
@@ -443,12 +479,15 @@ def start(args, device, pictures, prompts_text):
     torch.manual_seed(args.seed)                                          # the weights' first values
     config = UNetConfig(image_size=args.image_size, channels=args.channels, context_dim=pictures.dim)
     unet = UNet(config).to(device)
+    rank, processes = torchrun()
+    model = DistributedDataParallel(unet) if processes > 1 else unet
     ema = deepcopy(unet).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, fused=True)
     scheduler = NoiseScheduler().to(device)
     state = dict(format=FORMAT, config=asdict(config), num_timesteps=scheduler.num_timesteps, step=0, epoch=0,
                  loss_sum=0.0, seconds=0.0, flags={name: getattr(args, name) for name in MUST_MATCH})
-    return Run(args, pictures, prompts_text, scheduler, unet, ema, optimizer, autocast(device, args.precision), state)
+    return Run(args, pictures, prompts_text, scheduler, unet, model, ema, optimizer, autocast(device, args.precision),
+               state, rank, processes)
 
 
 def train_epoch(run, training, steps, bar, wish):
@@ -465,7 +504,7 @@ def train_epoch(run, training, steps, bar, wish):
             bar.set_postfix(epoch=state["epoch"] + 1, loss=f"{loss.item():.4f}", lr=f"{lr:.1e}", refresh=False)
         state["seconds"] += time.perf_counter() - started
         bar.update(size)
-        if wish.signal:
+        if wish.granted(run):
             return
 
 
@@ -482,12 +521,29 @@ def finish_epoch(run, validation, steps_per_epoch, lr, rows):
     state["loss_sum"] = 0.0
 
 
+def write_epoch(run, out, rows):
+    """Write what belongs to the epoch that has just ended: the log, and now and then samples and a checkpoint."""
+    write_log(out / "log.csv", rows)
+    epoch, last = run.state["epoch"], run.state["epoch"] == run.args.epochs
+    if epoch % run.args.sample_every == 0 or last:
+        draw_samples(run, out / "samples" / f"epoch_{epoch:04d}.png")
+        draw_loss_curve(out / "loss.png", rows)
+    if epoch % run.args.save_every == 0 or last:
+        save(run, out / "checkpoint.pt")
+
+
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     out, checkpoint = args.output_dir, args.output_dir / "checkpoint.pt"
     if checkpoint.exists() and not args.resume:
         sys.exit(f"error: {checkpoint} is there already: go on from it with --resume, or give another --output-dir")
+    check_writable("--output-dir", out)
+    rank, processes = torchrun()
+    if args.batch_size % processes:
+        sys.exit(f"error: --batch-size {args.batch_size} can't be shared by {processes} processes")
+    if processes > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     pictures, prompts_text = prepare_data(args)
     run = start(args, device, pictures, prompts_text)
     if args.resume:
@@ -496,29 +552,30 @@ def main(argv=None):
     steps_per_epoch = len(training) // args.batch_size
     steps = args.epochs * steps_per_epoch
     rows = read_log(out / "log.csv", run.state["epoch"])
-    print(f"{len(training)} pictures to train on, {len(validation)} held out; "
-          f"{sum(p.numel() for p in run.unet.parameters()) / 1e6:.1f} M parameters on {device}; writing to {out}")
+    if rank == 0:
+        print(f"{len(training)} pictures to train on, {len(validation)} held out; "
+              f"{sum(p.numel() for p in run.unet.parameters()) / 1e6:.1f} M parameters on {device}; writing to {out}")
 
     wish = StopWish()
-    with tqdm(total=steps * args.batch_size, initial=run.state["step"] * args.batch_size, unit=" pictures") as bar:
+    done = run.state["step"] * args.batch_size
+    with tqdm(total=steps * args.batch_size, initial=done, unit=" pictures", disable=rank > 0) as bar:
         while run.state["epoch"] < args.epochs:
             train_epoch(run, training, steps, bar, wish)
             if wish.signal:
                 break
             lr = learning_rate(run.state["step"] - 1, steps, args.lr)
             finish_epoch(run, validation[:VALIDATION_MOST], steps_per_epoch, lr, rows)
-            write_log(out / "log.csv", rows)
-            epoch, last = run.state["epoch"], run.state["epoch"] == args.epochs
-            if epoch % args.sample_every == 0 or last:
-                draw_samples(run, out / "samples" / f"epoch_{epoch:04d}.png")
-                draw_loss_curve(out / "loss.png", rows)
-            if epoch % args.save_every == 0 or last:
-                save(run, checkpoint)
-    if wish.signal:
+            if rank == 0:
+                write_epoch(run, out, rows)
+    if rank == 0 and wish.signal:
         save(run, checkpoint)
         print(f"stopped after step {run.state['step']}; the same command with --resume goes on from {checkpoint}")
+    if processes > 1:
+        distributed.destroy_process_group()
+    if wish.signal:
         sys.exit(128 + wish.signal)
-    print(f"done: {checkpoint}")
+    if rank == 0:
+        print(f"done: {checkpoint}")
 
 
 if __name__ == "__main__":

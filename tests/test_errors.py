@@ -1,4 +1,5 @@
 """What a user gets wrong: one line that names it, an exit code, and nothing written."""
+import io
 import json
 import shutil
 import socket
@@ -10,7 +11,7 @@ from PIL import Image
 
 import sample_diffusion
 import train_diffusion
-from conftest import TINY_CLIP, run, says_one_line
+from conftest import ROOT, TINY_CLIP, run, says_one_line
 
 
 def call(main, capfd, flags):
@@ -104,13 +105,98 @@ def test_a_missing_caption(train, folder, tmp_path, caption):
     assert says_one_line(train("--dataset", copy), rows[3]["file_name"], "caption is")
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", "half"])
-def test_a_broken_picture(train, folder, tmp_path, content):
+def damaged(kind, whole):
+    """A picture file that is none -> its bytes; whole: those of a good PNG."""
+    if kind == "huge":  # 20,000 x 20,000 pixels of one colour: 50 kB that would take 1.2 GB
+        file = io.BytesIO()
+        Image.new("1", (20_000, 20_000)).save(file, "PNG")
+        return file.getvalue()
+    middle = len(whole) // 2
+    return {"empty": b"", "text": b"no picture", "half": whole[:middle], "header": whole[:30],
+            "flipped": whole[:middle] + bytes(255 - byte for byte in whole[middle:]),
+            "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>', "zeros": bytes(len(whole))}[kind]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "half", "header", "flipped", "svg", "zeros", "huge"])
+def test_a_broken_picture(train, folder, tmp_path, kind):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    whole = (copy / "7.png").read_bytes()
-    (copy / "7.png").write_bytes(whole[:len(whole) // 2] if content == "half" else content)
+    (copy / "7.png").write_bytes(damaged(kind, (copy / "7.png").read_bytes()))
     assert says_one_line(train("--dataset", copy), "7.png", "can't be read")
+
+
+@pytest.mark.parametrize("name, content, named", [
+    ("metadata.json", None, "0.txt"),                                             # misnamed: not looked at
+    ("captions.jsonl", None, "0.txt"),
+    ("metadata.jsonl", '{"file": "0.png", "text": "a"}', "file_name"),
+    ("metadata.jsonl", '{"file_name": "missing.png", "text": "a"}', "missing.png"),
+    ("metadata.jsonl", '{"file_name": "0.png"}', "text"),
+    ("metadata.jsonl", '{"file_name": "0.png", "text": "a"', ""),                 # cut off
+    ("metadata.jsonl", "", ""),
+    ("metadata.jsonl", "\0\0\0", ""),
+    ("metadata.csv", "file_name;text\n0.png;a\n", "file_name"),
+    ("metadata.csv", "file_name,text\n0.png,a,b,c\n0.png,a\n", ""),
+])
+def test_broken_or_misnamed_metadata(train, folder, tmp_path, name, content, named):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    right = (copy / "metadata.jsonl").read_text()
+    (copy / "metadata.jsonl").unlink()
+    (copy / name).write_text(right if content is None else content)
+    assert says_one_line(train("--dataset", copy), copy, named)
+
+
+def test_a_caption_file_that_is_no_text(train, tmp_path):
+    (tmp_path / "texts").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "texts" / "a.png")
+    (tmp_path / "texts" / "a.txt").write_bytes(b"\xff\xfe\xff")
+    assert says_one_line(train("--dataset", tmp_path / "texts"), "a.txt")
+
+
+def test_a_parquet_file_that_is_none(train, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.parquet").write_bytes(b"PAR1 but no more")
+    assert says_one_line(train("--dataset", tmp_path / "data"), tmp_path / "data")
+
+
+def save_odd_pictures(path):
+    """Pictures of every kind that can be used, in a folder, each with its caption beside it."""
+    path.mkdir()
+    red = Image.new("RGB", (20, 30), "red")
+    frames = dict(save_all=True, append_images=[Image.new("RGB", (20, 30), "blue")])
+    red.save(path / "animated.gif", **frames)
+    red.save(path / "animated.webp", **frames)
+    red.save(path / "animated.png", **frames)
+    red.save(path / "wrong suffix.jpg", format="PNG")
+    red.save(path / "UPPER.JPEG")
+    red.convert("CMYK").save(path / "cmyk.jpg")
+    red.convert("L").save(path / "grey.bmp")
+    red.convert("1").save(path / "bits.tif")
+    red.convert("P").save(path / "palette.png")
+    red.convert("LA").save(path / "transparent.png")
+    red.convert("I;16").save(path / "16 bit.png")
+    red.resize((1, 1)).save(path / "one pixel.png")
+    red.resize((3000, 2)).save(path / "long.png")
+    red.resize((6000, 4000)).save(path / "large.jpg")
+    red.save(path / "a name with spaces, 100% & more.png")
+    red.save(path / "Bisasam \u5999\u86d9\u79cd\u5b50 \U0001f438.png")
+    (path / "sub folder").mkdir()
+    red.save(path / "sub folder" / "in a folder.png")
+    captions = ["a red thing", "\u7ea2\u8272\u7684", "word " * 10_000, "\U0001f438" * 50, "a\nb\tc", "\0", "<|endoftext|>"]
+    pictures = sorted(file for file in path.rglob("*") if file.is_file())
+    for number, picture in enumerate(pictures):
+        picture.with_suffix(".txt").write_text(captions[number % len(captions)], encoding="utf-8")
+    return pictures
+
+
+def test_pictures_and_captions_of_every_usable_kind_are_trained_on(tmp_path):
+    pictures = save_odd_pictures(tmp_path / "odd \u56fe")
+    done = run("train_diffusion.py", "--dataset", tmp_path / "odd \u56fe", "--text-encoder", TINY_CLIP, "--image-size", 16,
+               "--channels", 32, "--batch-size", 4, "--epochs", 1, "--prompts", "word " * 10_000, "--output-dir",
+               tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(pictures) - 2} pictures to train on, 2 held out" in done.stdout
+    assert done.stderr.count("captions over") == 1 and "Traceback" not in done.stderr
 
 
 class Evil:
@@ -131,6 +217,81 @@ def test_a_checkpoint_that_is_none(sample, tmp_path, content):
         path.write_bytes(path.read_bytes()[:800])
     assert says_one_line(sample("a cat", "--checkpoint", path), path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ([] if content == "missing" else ["checkpoint.pt"])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """What a run of one epoch saved -> a function that returns it anew."""
+    path = tmp_path_factory.mktemp("trained")
+    done = run("train_diffusion.py", "--demo", "--image-size", 16, "--channels", 32, "--batch-size", 128, "--epochs", 1,
+               "--prompts", "a", "--output-dir", path, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return lambda: torch.load(path / "checkpoint.pt", weights_only=True)
+
+
+def of_another_version(kind, saved):
+    """Change a good checkpoint into one that does not fit."""
+    first = next(iter(saved["ema"]))
+    if kind == "format":
+        saved["format"] = "text-to-image-diffusion-0"
+    elif kind == "new key":
+        saved["config"]["heads"] = 8
+    elif kind == "wrong width":
+        saved["config"]["channels"] = 64
+    elif kind == "config of another kind":
+        saved["config"] = [1, 2]
+    elif kind == "weight missing":
+        del saved["ema"][first], saved["model"][first]
+    elif kind == "weight of another shape":
+        saved["ema"][first] = saved["model"][first] = torch.zeros(3)
+    else:
+        del saved[kind]
+    return saved
+
+
+@pytest.mark.parametrize("kind", ["format", "new key", "wrong width", "config of another kind", "weight missing",
+                                  "weight of another shape", "ema", "config", "flags", "num_timesteps"])
+def test_a_checkpoint_of_another_version(sample, checkpoint, tmp_path, kind):
+    torch.save(of_another_version(kind, checkpoint()), tmp_path / "other.pt")
+    assert says_one_line(sample("a cat", "--checkpoint", tmp_path / "other.pt"), tmp_path / "other.pt")
+    assert [file.name for file in tmp_path.iterdir()] == ["other.pt"]
+
+
+@pytest.mark.parametrize("kind", ["format", "weight missing", "weight of another shape", "model", "flags", "optimizer",
+                                  "step"])
+def test_resuming_from_a_checkpoint_of_another_version(checkpoint, capfd, tmp_path, kind):
+    torch.save(of_another_version(kind, checkpoint()), tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    done = call(train_diffusion.main, capfd, ["--demo", "--image-size", 16, "--channels", 32, "--batch-size", 128,
+                                              "--output-dir", tmp_path, "--resume"])
+    assert says_one_line(done, tmp_path / "checkpoint.pt")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("saved", ["evil", "missing"])
+def test_resuming_from_what_is_no_checkpoint(capfd, tmp_path, monkeypatch, saved):
+    monkeypatch.chdir(tmp_path)
+    if saved == "evil":
+        torch.save(Evil(), tmp_path / "checkpoint.pt")
+    done = call(train_diffusion.main, capfd, ["--demo", "--output-dir", tmp_path, "--resume"])
+    assert says_one_line(done, tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_text_encoder_that_was_exchanged(sample, checkpoint, tmp_path):
+    from transformers import CLIPTextModel
+    shutil.copytree(TINY_CLIP, tmp_path / "clip")
+    wider = CLIPTextModel.from_pretrained(TINY_CLIP).config
+    wider.hidden_size, wider.intermediate_size = 2 * wider.hidden_size, 2 * wider.intermediate_size
+    CLIPTextModel(wider).save_pretrained(tmp_path / "clip")
+    saved = checkpoint()
+    saved["flags"]["text_encoder"] = str(tmp_path / "clip")
+    torch.save(saved, tmp_path / "other.pt")
+    assert says_one_line(sample("a cat", "--checkpoint", tmp_path / "other.pt"), tmp_path / "clip", wider.hidden_size)
+
+
+def test_an_output_in_something_that_is_no_folder(sample, folder):
+    assert says_one_line(sample("a cat", "--output", folder / "0.png" / "a.png"), "--output", folder / "0.png")
 
 
 @pytest.mark.parametrize("flags, named", [(["a cat"], "output/*/checkpoint.pt"), (["a cat", "--device", "tpu"], "tpu")])

@@ -3,8 +3,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model import NoiseScheduler, UNet, UNetConfig, generator_for, to_uint8
+from model import Attention, NoiseScheduler, UNet, UNetConfig, generator_for, to_uint8
 
 
 def inputs(B=2, L=5, size=32, dim=24, seed=0):
@@ -254,3 +255,15 @@ def test_generators_follow_from_their_key_alone():
         return torch.rand(4, generator=generator_for(*key)).tolist()
     assert draws(1, 2) == draws(1, 2)
     assert len({tuple(draws(*key)) for key in [(1,), (2,), (1, 2), (2, 1), (1, 2, 3)]}) == 5
+
+
+def test_attention_is_that_of_torch():
+    """Softmax and weights against torch's own function, in float64; padded tokens do not count."""
+    torch.manual_seed(0)
+    attention = Attention(32, 24, 16).double()
+    x, context = torch.randn(3, 5, 32).double(), torch.randn(3, 7, 24).double()
+    mask = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
+    q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2)
+               for part in (attention.to_q(x), attention.to_k(context), attention.to_v(context)))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+    assert torch.allclose(attention(x, context, mask), attention.to_out(out.transpose(1, 2).flatten(2)), atol=1e-12)

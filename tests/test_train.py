@@ -4,15 +4,21 @@ import csv
 import io
 import json
 import math
+import os
 import resource
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from tqdm import tqdm
 
 import train_diffusion as train
@@ -82,6 +88,41 @@ def test_every_kind_of_picture_comes_out_as_rgb_on_white():
     assert middle(encoded(grey16)) == [90, 90, 90]
     assert middle(encoded(grey16, format="TIFF")) == [90, 90, 90]
     assert middle(encoded(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), format="TIFF")) == [255, 0, 0]
+
+
+@given(mode=st.sampled_from(["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I",
+                             "F", "I;16", "I;16B"]),
+       format=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), width=st.integers(1, 70),
+       height=st.integers(1, 70), size=st.sampled_from([8, 64]), orientation=st.integers(0, 9),
+       seed=st.integers(0, 2 ** 32 - 1))
+@settings(max_examples=300, deadline=None)
+def test_any_picture_that_can_be_saved_can_be_read(mode, format, width, height, size, orientation, seed):
+    """A property: whatever mode, size, format and orientation, a picture comes out as (3, size, size) bytes."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    try:
+        picture = Image.fromarray(noise).convert(mode)
+        exif = picture.getexif()
+        exif[0x0112] = orientation
+        image = encoded(picture, format=format, exif=exif)
+    except (OSError, ValueError, KeyError):
+        assume(False)  # this format has no such mode
+    found = train.decode(image, size)
+    assert found.shape == (3, size, size) and found.dtype == np.uint8
+    if mode in ("RGB", "RGBX") and format == "PNG" and (width, height) == (size, size) and orientation in (0, 1, 9):
+        assert np.array_equal(found, noise.transpose(2, 0, 1))
+
+
+@given(content=st.binary(max_size=200), cut=st.integers(0, 3000), where=st.integers(0, 3000),
+       format=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]))
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_picture_is_read_or_named(content, cut, where, format):
+    """A property: with bytes overwritten and cut off, a picture is read all the same or said to be unreadable."""
+    whole = bytearray(encoded(Image.effect_noise((40, 40), 90).convert("RGB"), format=format)["bytes"])
+    whole[where:where + len(content)] = content
+    try:
+        assert train.decode({"bytes": bytes(whole[cut:]), "path": "a.png"}, 16).shape == (3, 16, 16)
+    except ValueError as error:
+        assert "picture a.png: can't be read" in str(error)
 
 
 def test_a_dark_16_bit_picture_stays_dark():
@@ -231,7 +272,7 @@ def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(fresh_run, monk
         return torch.tensor(0.0)
     monkeypatch.setattr(train, "train_step", look)
     for _ in range(2):
-        train.train_epoch(fresh_run, list(range(100, 118)), 8, tqdm(disable=True), argparse.Namespace(signal=None))
+        train.train_epoch(fresh_run, list(range(100, 118)), 8, tqdm(disable=True), argparse.Namespace(granted=lambda run: 0))
         fresh_run.state["epoch"] += 1
     first, second = sum(taken[:4], []), sum(taken[4:], [])
     assert len(set(first)) == len(set(second)) == 16 and set(first + second) <= set(range(100, 118))
@@ -248,7 +289,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(fresh_run, tmp_
     with torch.no_grad():
         fresh_run.unet.conv_out.bias.fill_(math.inf)
     with pytest.raises(SystemExit, match="not finite at step .*no checkpoint was written yet.*--lr"):
-        train.train_epoch(fresh_run, list(range(18)), 100, tqdm(disable=True), argparse.Namespace(signal=None))
+        train.train_epoch(fresh_run, list(range(18)), 100, tqdm(disable=True), argparse.Namespace(granted=lambda run: 0))
     with pytest.raises(SystemExit, match="not finite"):
         train.save(fresh_run, tmp_path / "checkpoint.pt")
     assert not list(tmp_path.glob("**/checkpoint.pt*"))
@@ -272,7 +313,7 @@ def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(s
         done = run("sample_diffusion.py", *flags, "--checkpoint", out / "checkpoint.pt", "--steps", 4, "--device",
                    "cpu", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        return [tmp_path / line for line in done.stdout.splitlines() if line.endswith(".png")]
+        return [tmp_path / line for line in done.stdout.splitlines() if line.endswith((".png", ".gif"))]
 
     one = sample("a red creature", "--output", "one.png")
     assert [path.name for path in one] == ["one.png"] and Image.open(one[0]).size == (16, 16)
@@ -284,6 +325,15 @@ def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(s
     assert again[0].read_bytes() == one[0].read_bytes()
     other = sample("a red creature", "--seed", 1, "--output", "other.png")
     assert other[0].read_bytes() != one[0].read_bytes()
+    moving = sample("a red creature", "a tail", "--animate", "--output", "moving.png")
+    assert [path.name for path in moving] == ["moving.png", "moving_00.png", "moving_01.png", "moving.gif"]
+    with Image.open(moving[-1]) as gif, Image.open(moving[0]) as sheet:
+        assert gif.n_frames == 4 and gif.size == sheet.size  # a frame a step, the last the pictures themselves
+        difference = []
+        for number in range(4):
+            gif.seek(number)
+            difference.append(np.abs(np.asarray(gif.convert("RGB"), float) - np.asarray(sheet)).mean())
+        assert difference[3] < 8 < difference[2] < difference[0]  # of 255; a .gif has 256 colours
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights(small, tmp_path):
@@ -291,7 +341,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(small, tmp_path):
     assert whole.returncode == 0, whole.stderr
     straight = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
     process = [*small, "--epochs", 2, "--save-every", 1]
-    stopped = stop_in_the_second_epoch(process, tmp_path)
+    stopped = stop_in_the_second_epoch(process, tmp_path, signal.SIGINT)
     assert stopped.returncode == 130 and "--resume" in stopped.stdout
     assert 0 < torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] < 8
     refused = run("train_diffusion.py", *process, cwd=tmp_path)
@@ -309,17 +359,20 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(small, tmp_path):
     assert says_one_line(differs, "--lr is 0.5")
 
 
-def stop_in_the_second_epoch(flags, tmp_path):
-    """Run the script and send it Ctrl-C, as a user would, once log.csv shows that the first epoch is done."""
-    import os
-    import signal
-    import sys
-    import time
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_wish_to_stop_is_granted_after_the_step(small, tmp_path, number, code):
+    stopped = stop_in_the_second_epoch([*small, "--epochs", 50], tmp_path, number)
+    assert stopped.returncode == code and "--resume" in stopped.stdout and "Traceback" not in stopped.stderr
+    assert 4 <= torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] < 200
+
+
+def stop_in_the_second_epoch(flags, tmp_path, number):
+    """Run the script and send it a signal, as a user would, once log.csv shows that the first epoch is done."""
     process = subprocess.Popen([sys.executable, str(ROOT / "train_diffusion.py"), *map(str, flags)], cwd=tmp_path,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
     while not (tmp_path / "run" / "log.csv").exists() and process.poll() is None:
         time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -340,7 +393,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small, tmp_path):
 def test_an_output_folder_that_can_not_be_made(small, tmp_path):
     (tmp_path / "file").write_text("")
     done = run("train_diffusion.py", *small, "--epochs", 1, "--output-dir", tmp_path / "file" / "run", cwd=tmp_path)
-    assert says_one_line(done, tmp_path / "file" / "run", "could not be written")
+    assert says_one_line(done, "--output-dir", tmp_path / "file" / "run", "can be written to")
 
 
 def test_nothing_that_a_run_writes_dirties_the_checkout():
@@ -350,3 +403,35 @@ def test_nothing_that_a_run_writes_dirties_the_checkout():
         ignored = subprocess.run(["git", "check-ignore", *paths], cwd=ROOT, capture_output=True, text=True).stdout
         assert ignored.split() == paths
     assert train.parse_args([]).output_dir.parts[0] == train.parse_args(["--demo"]).output_dir.parts[0] == "output"
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+def losses(out):
+    return [float(row["train_loss"]) for row in csv.DictReader(open(out / "log.csv"))]
+
+
+def torchrun(*args, cwd):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+                           ROOT / "train_diffusion.py", *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          timeout=300)
+
+
+def test_two_processes_follow_the_same_loss_as_one(small, tmp_path):
+    """20 epochs of one step, of a batch of 18: each process learns from 9 pictures of it."""
+    flags = [*small, "--batch-size", 18, "--epochs", 20, "--precision", "fp32", "--sample-every", 20]
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = run("train_diffusion.py", *flags, "--output-dir", one, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = torchrun(*flags, "--output-dir", two, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done:") == 1                                # one of them writes
+    assert len(losses(two)) == 20 and losses(two) == pytest.approx(losses(one), abs=1e-4)
+    assert losses(two)[-1] < losses(two)[0]
+    averages = [torch.load(out / "checkpoint.pt", weights_only=True)["ema"] for out in (one, two)]
+    assert averages[0].keys() == averages[1].keys()                       # either goes on from the other's
+
+
+def test_a_batch_that_two_processes_cannot_share(small, tmp_path):
+    done = torchrun(*small, "--batch-size", 5, cwd=tmp_path)
+    assert "--batch-size 5 can't be shared by 2 processes" in done.stderr and not (tmp_path / "run").exists()
