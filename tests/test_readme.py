@@ -1,0 +1,36 @@
+"""The two READMEs: what they point at is there."""
+import re
+
+import pytest
+
+from conftest import ROOT
+
+READMES = ["README.md", "README.zh-CN.md"]
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_into_the_code_point_at_the_line_they_name(name):
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", (ROOT / name).read_text())
+    assert len(links) > 20
+    for text, file, number in links:
+        line = (ROOT / file).read_text().splitlines()[int(number) - 1]
+        assert text in line, f"{name}: {file}#L{number} is {line!r}"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_files_that_are_linked_or_shown_are_there(name):
+    for target in re.findall(r"\]\((?!http|#)([^)#]+)", (ROOT / name).read_text()):
+        assert (ROOT / target).is_file(), f"{name}: {target}"
+
+
+def test_both_say_the_same_commands_and_show_the_same_pictures():
+    def commands_and_pictures(name):
+        text = (ROOT / name).read_text()
+        commands = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("    ")]
+        return commands, re.findall(r"!\[[^]]*\]\(([^)]+)\)", text), re.findall(r"\((\w+\.py#L\d+)\)", text)
+    assert commands_and_pictures(READMES[0]) == commands_and_pictures(READMES[1])
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    command = "requirements.txt pytest hypothesis diffusers && python -m pytest"
+    assert all(command in (ROOT / name).read_text() for name in [*READMES, ".ci/run"])
