@@ -122,7 +122,8 @@ def measure(asked, dataset):
     print(f"arithmetic           {rate / 1e9:.0f} GFLOP/s in a training step, {rate / limit:.0%} of the "
           f"{limit / 1e9:.0f} of a {side}x{side} matrix product")
     print(f"guided picture       {guided:.2f} s at {sample_diffusion.STEPS} steps, of a batch of 4")
-    print(f"loading              {first_load:.1f} s for {len(pictures.rows)} pictures, encoder included; again {load:.1f} s")
+    print(f"loading              {first_load:.1f} s for {len(pictures.rows)} pictures, encoder included; again "
+          f"{load:.1f} s")
     print(f"resident memory      {memory:.2f} GB at the highest; now {megabytes() / 1e3:.2f} GB without mapped files")
     if device.type == "cuda":
         print(f"GPU memory           {torch.cuda.max_memory_allocated() / 1e9:.2f} GB")

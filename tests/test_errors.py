@@ -55,7 +55,7 @@ def silent_hub():
 @pytest.mark.parametrize("answer", ["refuses", "is silent"])
 def test_no_hub(silent_hub, answer, tmp_path):
     endpoint = silent_hub if answer == "is silent" else "http://127.0.0.1:9"
-    for flags in ([], ["--text-encoder", TINY_CLIP]):
+    for flags in ([], ["--text-encoder", TINY_CLIP]) if answer == "refuses" else ([],):
         done = run("train_diffusion.py", *flags, cwd=tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0",
                    HF_HOME=str(tmp_path / "home"), timeout=60)
         name = "svjack/pokemon-blip-captions-en-zh" if flags else "openai/clip-vit-base-patch32"
@@ -182,7 +182,8 @@ def save_odd_pictures(path):
     red.save(path / "Bisasam \u5999\u86d9\u79cd\u5b50 \U0001f438.png")
     (path / "sub folder").mkdir()
     red.save(path / "sub folder" / "in a folder.png")
-    captions = ["a red thing", "\u7ea2\u8272\u7684", "word " * 10_000, "\U0001f438" * 50, "a\nb\tc", "\0", "<|endoftext|>"]
+    captions = ["a red thing", "\u7ea2\u8272\u7684", "word " * 10_000, "\U0001f438" * 50, "a\nb\tc", "\0",
+                "<|endoftext|>"]
     pictures = sorted(file for file in path.rglob("*") if file.is_file())
     for number, picture in enumerate(pictures):
         picture.with_suffix(".txt").write_text(captions[number % len(captions)], encoding="utf-8")
@@ -190,10 +191,11 @@ def save_odd_pictures(path):
 
 
 def test_pictures_and_captions_of_every_usable_kind_are_trained_on(tmp_path):
-    pictures = save_odd_pictures(tmp_path / "odd \u56fe")
-    done = run("train_diffusion.py", "--dataset", tmp_path / "odd \u56fe", "--text-encoder", TINY_CLIP, "--image-size", 16,
-               "--channels", 32, "--batch-size", 4, "--epochs", 1, "--prompts", "word " * 10_000, "--output-dir",
-               tmp_path / "out", cwd=tmp_path)
+    folder = tmp_path / "odd \u56fe"
+    pictures = save_odd_pictures(folder)
+    done = run("train_diffusion.py", "--dataset", folder, "--text-encoder", TINY_CLIP, "--image-size", 16, "--channels",
+               32, "--batch-size", 4, "--epochs", 1, "--prompts", "word " * 10_000, "--output-dir", tmp_path / "out",
+               cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{len(pictures) - 2} pictures to train on, 2 held out" in done.stdout
     assert done.stderr.count("captions over") == 1 and "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Attention, NoiseScheduler, UNet, UNetConfig, generator_for, to_uint8
+from model import Attention, UNet, UNetConfig, generator_for, to_uint8
 
 
 def inputs(B=2, L=5, size=32, dim=24, seed=0):

@@ -21,9 +21,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
+import sample_diffusion
 import train_diffusion as train
 from conftest import ROOT, TINY_CLIP, run, says_one_line
 from model import UNet, UNetConfig, generator_for
+
+
+NEVER = argparse.Namespace(granted=lambda run: 0)  # a StopWish that leaves Ctrl-C to pytest
 
 
 def args_for(path, **more):
@@ -90,8 +94,8 @@ def test_every_kind_of_picture_comes_out_as_rgb_on_white():
     assert middle(encoded(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), format="TIFF")) == [255, 0, 0]
 
 
-@given(mode=st.sampled_from(["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I",
-                             "F", "I;16", "I;16B"]),
+@given(mode=st.sampled_from(["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB",
+                             "HSV", "I", "F", "I;16", "I;16B"]),
        format=st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"]), width=st.integers(1, 70),
        height=st.integers(1, 70), size=st.sampled_from([8, 64]), orientation=st.integers(0, 9),
        seed=st.integers(0, 2 ** 32 - 1))
@@ -272,7 +276,7 @@ def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(fresh_run, monk
         return torch.tensor(0.0)
     monkeypatch.setattr(train, "train_step", look)
     for _ in range(2):
-        train.train_epoch(fresh_run, list(range(100, 118)), 8, tqdm(disable=True), argparse.Namespace(granted=lambda run: 0))
+        train.train_epoch(fresh_run, list(range(100, 118)), 8, tqdm(disable=True), NEVER)
         fresh_run.state["epoch"] += 1
     first, second = sum(taken[:4], []), sum(taken[4:], [])
     assert len(set(first)) == len(set(second)) == 16 and set(first + second) <= set(range(100, 118))
@@ -289,7 +293,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(fresh_run, tmp_
     with torch.no_grad():
         fresh_run.unet.conv_out.bias.fill_(math.inf)
     with pytest.raises(SystemExit, match="not finite at step .*no checkpoint was written yet.*--lr"):
-        train.train_epoch(fresh_run, list(range(18)), 100, tqdm(disable=True), argparse.Namespace(granted=lambda run: 0))
+        train.train_epoch(fresh_run, list(range(18)), 100, tqdm(disable=True), NEVER)
     with pytest.raises(SystemExit, match="not finite"):
         train.save(fresh_run, tmp_path / "checkpoint.pt")
     assert not list(tmp_path.glob("**/checkpoint.pt*"))
@@ -297,7 +301,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(fresh_run, tmp_
 
 # ---------------------------------------------------------------------------------------------- whole runs
 
-def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(small, tmp_path):
+def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(small, tmp_path, monkeypatch, capsys):
     done = run("train_diffusion.py", *small, "--epochs", 2, "--sample-every", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "run"
@@ -310,11 +314,11 @@ def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(s
     assert [int(row["step"]) for row in rows] == [4, 8]  # 18 training pictures in batches of 4
 
     def sample(*flags):
-        done = run("sample_diffusion.py", *flags, "--checkpoint", out / "checkpoint.pt", "--steps", 4, "--device",
-                   "cpu", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return [tmp_path / line for line in done.stdout.splitlines() if line.endswith((".png", ".gif"))]
+        sample_diffusion.main([*map(str, flags), "--checkpoint", str(out / "checkpoint.pt"), "--steps", "4",
+                               "--device", "cpu"])
+        return [tmp_path / line for line in capsys.readouterr().out.splitlines() if line.endswith((".png", ".gif"))]
 
+    monkeypatch.chdir(tmp_path)
     one = sample("a red creature", "--output", "one.png")
     assert [path.name for path in one] == ["one.png"] and Image.open(one[0]).size == (16, 16)
     paths = sample("a red creature", "--num-images", 3, "--compare", "--output", "deep/er/fire.png")
@@ -353,7 +357,8 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(small, tmp_path):
         assert all(torch.equal(found[part][name], value) for name, value in straight[part].items())
     assert found["step"] == straight["step"] == 8 and found["loss_sum"] == straight["loss_sum"]
     with open(tmp_path / "run" / "log.csv") as file, open(tmp_path / "whole" / "log.csv") as other:
-        rows = [[(row["epoch"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(f)] for f in (file, other)]
+        rows = [[(row["epoch"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(f)]
+                for f in (file, other)]
     assert rows[0] == rows[1]
     differs = run("train_diffusion.py", *process, "--resume", "--lr", "0.5", cwd=tmp_path)
     assert says_one_line(differs, "--lr is 0.5")
