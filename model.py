@@ -219,7 +219,10 @@ class UNet(nn.Module):
 
         self.time_mlp = nn.Sequential(nn.Linear(config.channels, time_dim), nn.SiLU(),
                                       nn.Linear(time_dim, time_dim), nn.SiLU())
-        self.context_norm = nn.LayerNorm(config.context_dim)                 # any encoder's scale is welcome
+        # Most of a token's state is the same in all captions: train_diffusion.py puts the mean and standard deviation
+        # over its captions here, so that what is left after them is what the captions say.
+        self.register_buffer("text_mean", torch.zeros(config.context_dim))   # (D,)
+        self.register_buffer("text_std", torch.ones(config.context_dim))     # (D,)
         self.conv_in = nn.Conv2d(3 * config.patch ** 2, widths[0], 3, padding=1)
         self.down = nn.ModuleList(DownBlock(a, b, time_dim, attention, i == len(levels) - 1, config)
                                   for i, (a, b, attention) in enumerate(levels))
@@ -234,7 +237,7 @@ class UNet(nn.Module):
         if H % self.config.stride or W % self.config.stride:
             raise ValueError(f"picture of {W}x{H} pixels: both sides must be a multiple of {self.config.stride}")
         time = self.time_mlp(timestep_embedding(t, self.config.channels))  # (B, time_dim)
-        context = self.context_norm(context)                               # (B, L, D)
+        context = (context - self.text_mean) / self.text_std               # (B, L, D)
 
         x = self.conv_in(F.pixel_unshuffle(x_t, self.config.patch))        # 64x64 pixels -> 32x32 positions
         skips = []

@@ -221,6 +221,12 @@ class Pictures:
                 "states": [row[:length].numpy().tobytes() for row, length in zip(states, lengths)],
                 "length": lengths}
 
+    def text_statistics(self, captions=1000):
+        """Mean and standard deviation of each number in the token states, over the first captions: (D,), (D,)."""
+        states = self.rows.select_columns("states")[:captions]["states"]
+        states = torch.frombuffer(bytearray(b"".join(states)), dtype=torch.float32).view(-1, self.dim)  # (tokens, D)
+        return states.mean(dim=0), states.std(dim=0).clamp(min=0.01)       # a number that never changes stays small
+
     def pad(self, tokens):
         """Append zeros to (length, ...) until it is (L, ...)."""
         return torch.cat([tokens, tokens.new_zeros(self.length - len(tokens), *tokens.shape[1:])])
@@ -478,7 +484,9 @@ def start(args, device, pictures, prompts_text):
     """Arguments and data -> Run, at its first step."""
     torch.manual_seed(args.seed)                                          # the weights' first values
     config = UNetConfig(image_size=args.image_size, channels=args.channels, context_dim=pictures.dim)
-    unet = UNet(config).to(device)
+    unet = UNet(config)
+    unet.text_mean, unet.text_std = pictures.text_statistics()
+    unet.to(device)
     rank, processes = torchrun()
     model = DistributedDataParallel(unet) if processes > 1 else unet
     ema = deepcopy(unet).eval().requires_grad_(False)

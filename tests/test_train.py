@@ -437,6 +437,21 @@ def test_two_processes_follow_the_same_loss_as_one(small, tmp_path):
     assert averages[0].keys() == averages[1].keys()                       # either goes on from the other's
 
 
+def test_the_processes_shares_are_the_batch_with_nothing_lost_or_doubled(fresh_run, monkeypatch):
+    seen, loss = [], train.diffusion_loss
+    monkeypatch.setattr(train, "diffusion_loss", lambda *inputs: seen.append(inputs[2:]) or loss(*inputs))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)  # there is no other process to ask
+    fresh_run.processes = 2
+    for fresh_run.rank in (0, 1):
+        fresh_run.state["step"] = 0
+        train.train_step(fresh_run, range(6), 1e-4)
+    generator = generator_for(fresh_run.args.seed, 3, 0)
+    whole = train.training_batch(fresh_run.pictures, range(6), fresh_run.scheduler, generator)
+    assert len(seen) == 2 and all(len(part) == 3 for share in seen for part in share)
+    for part, first, second in zip(whole, *seen):
+        assert torch.equal(torch.stack([first, second], dim=1).flatten(0, 1), part)
+
+
 def test_a_batch_that_two_processes_cannot_share(small, tmp_path):
     done = torchrun(*small, "--batch-size", 5, cwd=tmp_path)
     assert "--batch-size 5 can't be shared by 2 processes" in done.stderr and not (tmp_path / "run").exists()
