@@ -26,8 +26,8 @@ STEPS = 50                            # denoising steps of a picture
 GUIDANCE_SCALE = 3.0                  # weight of the prompt; 1 is plain conditional sampling
 BATCH = 16                            # pictures drawn at once: what a 16 GB Mac takes easily
 SHEET_SIZE = 128                      # smaller pictures are shown about this large on a sheet, in pixels
-FRAMES = 50                           # of an animation, at the most
-FRAME_TIME, LAST_FRAME_TIME = 60, 2500  # for how long each is seen, in milliseconds
+FRAMES = 30                           # of an animation, at the most
+FRAME_TIME, LAST_FRAME_TIME = 100, 2500  # for how long each is seen, in milliseconds
 MARGIN = 4                            # pixels between the pictures of a sheet
 LABEL = 18                            # pixels of height for a row's label
 

@@ -242,6 +242,19 @@ def fresh_run(pictures, tmp_path):
     return train.start(args, torch.device("cpu"), pictures, None)
 
 
+def test_the_network_sees_captions_by_what_they_differ_in(fresh_run):
+    """Over the training captions, what reaches the attention has mean 0 and deviation 1, whatever the encoder's scale."""
+    _, states, mask = fresh_run.pictures.batch(range(20))
+    seen = []
+    fresh_run.unet.middle.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    x, t = torch.zeros(20, 3, 16, 16), torch.zeros(20, dtype=torch.long)
+    fresh_run.unet(x, t, states, mask)
+    assert states[mask].std(dim=0).max() > 2 * states[mask].std(dim=0).min()
+    assert torch.allclose(seen[0][mask].mean(dim=0), torch.zeros(fresh_run.pictures.dim), atol=1e-4)
+    assert torch.allclose(seen[0][mask].std(dim=0), torch.ones(fresh_run.pictures.dim), atol=1e-3)
+    assert {"text_mean", "text_std"} <= set(fresh_run.ema.state_dict())      # so the sampler has them too
+
+
 def test_gradients_are_clipped(fresh_run):
     weights = list(fresh_run.unet.parameters())
     fresh_run.optimizer = torch.optim.SGD(weights)  # moves by exactly lr times the gradient
