@@ -305,7 +305,8 @@ class NoiseScheduler(nn.Module):
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                            # beta_t
         alpha_bar = torch.cumprod(1 - beta, dim=0)                              # DDPM, above Eq. 4
-        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])  # alpha_bar_{t-1}
+
+        self.alpha_bars = alpha_bar.tolist()                                    # in float64, for the posterior
 
         def table(name, values):
             """Keep values (T,) as self.name; not in checkpoints, since num_timesteps gives them again."""
@@ -315,10 +316,6 @@ class NoiseScheduler(nn.Module):
         table("alpha_bar", alpha_bar)
         table("signal", alpha_bar.sqrt())
         table("noise", (1 - alpha_bar).sqrt())
-        # q(x_{t-1} | x_t, x_0), DDPM Eq. 7
-        table("posterior_x0", alpha_bar_prev.sqrt() * beta / (1 - alpha_bar))
-        table("posterior_xt", (1 - beta).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar))
-        table("posterior_variance", beta * (1 - alpha_bar_prev) / (1 - alpha_bar))
 
     def add_noise(self, x_0, noise, t):
         """x_t, the picture after t steps of noise at once (DDPM Eq. 4). x_0, noise (B, 3, H, W); t (B,)."""
@@ -336,22 +333,23 @@ class NoiseScheduler(nn.Module):
         """The noise that lies between a clean picture and x_t: DDPM Eq. 4, solved for it."""
         return (x_t - per_picture(self.signal[t]) * x_0) / per_picture(self.noise[t])
 
-    def posterior(self, x_0, x_t, t):
-        """Mean (B, 3, H, W) and variance (B, 1, 1, 1) of q(x_{t-1} | x_t, x_0) (DDPM Eq. 7)."""
-        mean = per_picture(self.posterior_x0[t]) * x_0 + per_picture(self.posterior_xt[t]) * x_t
-        return mean, per_picture(self.posterior_variance[t])
+    def posterior(self, x_0, x_t, t, earlier):
+        """Mean (B, 3, H, W) and standard deviation, a float, of q(x_s | x_t, x_0); t and s = `earlier` are ints.
 
-    def ddpm_step(self, x_0, x_t, t, generators):
-        """x_{t-1}, drawn from the posterior of a clean estimate (DDPM Algorithm 2). Each picture has its generator."""
-        mean, variance = self.posterior(x_0, x_t, t)
+        With s = t - 1 this is DDPM Eq. 7; further back, the steps between are taken as one (DDIM Eq. 12 and 16 with
+        eta 1). At s = -1, the clean picture, the mean is x_0 and the deviation 0.
+        """
+        alpha_bar_t, alpha_bar_s = self.alpha_bars[t], self.alpha_bars[earlier] if earlier >= 0 else 1.0
+        beta = 1 - alpha_bar_t / alpha_bar_s                          # of all the steps from s to t
+        mean = (math.sqrt(alpha_bar_s) * beta / (1 - alpha_bar_t) * x_0
+                + math.sqrt(1 - beta) * (1 - alpha_bar_s) / (1 - alpha_bar_t) * x_t)
+        return mean, math.sqrt(beta * (1 - alpha_bar_s) / (1 - alpha_bar_t))
+
+    def step(self, x_0, x_t, t, earlier, generators):
+        """x_s, drawn from the posterior of a clean estimate (DDPM Algorithm 2). Each picture has its generator."""
+        mean, std = self.posterior(x_0, x_t, t, earlier)
         z = torch.stack([torch.randn(x_t.shape[1:], generator=g) for g in generators])  # on the CPU: same everywhere
-        return mean + variance.sqrt() * z.to(x_t.device)                                # the variance is 0 at t = 0
-
-    def ddim_step(self, x_0, x_t, t, earlier):
-        """x at the time `earlier`, an int, without fresh noise (DDIM Eq. 12 with sigma 0); -1 is the clean picture."""
-        if earlier < 0:
-            return x_0
-        return self.add_noise(x_0, self.predict_noise(x_0, x_t, t), torch.full_like(t, earlier))
+        return mean + std * z.to(x_t.device)
 
     def timesteps(self, steps):
         """`steps` times from T-1 down, evenly spaced, so that the first is pure noise: list of ints."""
@@ -362,7 +360,7 @@ class NoiseScheduler(nn.Module):
         """Run the process backwards: noise (B, 3, H, W) -> pictures (B, 3, H, W) in [-1, 1].
 
         text, no_text: (states (B, L, D), mask (B, L)) of the captions and of the empty caption, of one length L.
-        steps: T (1,000) is DDPM, with fresh noise from one CPU generator a picture; fewer steps are DDIM.
+        steps: T (1,000) is DDPM; fewer take several of its steps at once. generators: a CPU one for each picture.
         guidance_scale: 1 is plain conditional sampling; above 1 steps further from 'no caption' towards the caption.
         on_step: called after every step with its x_t, for a progress bar or an animation.
         """
@@ -386,10 +384,7 @@ class NoiseScheduler(nn.Module):
             x_0 = self.predict_x0(v, x_t, t).clamp(-1, 1)
 
             # 3. A little less noise: back to the time before
-            if steps == self.num_timesteps:
-                x_t = self.ddpm_step(x_0, x_t, t, generators)
-            else:
-                x_t = self.ddim_step(x_0, x_t, t, earlier)
+            x_t = self.step(x_0, x_t, now, earlier, generators)
             if on_step:
                 on_step(x_t)
         return x_t

@@ -58,7 +58,7 @@ def parse_args(argv=None):
     parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE,
                         help="weight of the prompt; 1 is plain conditional sampling")
     parser.add_argument("--steps", type=whole_number, default=STEPS,
-                        help="denoising steps; 1000 is DDPM as in the paper, fewer are DDIM")
+                        help="denoising steps; 1000 is DDPM as in the paper, fewer take several of its steps at once")
     parser.add_argument("--num-images", type=whole_number, default=1, help="pictures a prompt")
     parser.add_argument("--compare", action="store_true",
                         help="a sheet with plain sampling above guided, from the same starting noise")

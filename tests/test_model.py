@@ -104,9 +104,10 @@ EXPECTED = {0: [0.9999587, 0.0, 1.0, 0.0],
 
 @pytest.mark.parametrize("t", EXPECTED)
 def test_the_schedule_has_the_expected_numbers(scheduler, t):
-    found = [table[t].item() for table in (scheduler.alpha_bar, scheduler.posterior_variance, scheduler.posterior_x0,
-                                           scheduler.posterior_xt)]
-    assert found == pytest.approx(EXPECTED[t], abs=1e-5)
+    weight_of_x0, std = scheduler.posterior(1.0, 0.0, t, t - 1)
+    weight_of_xt, _ = scheduler.posterior(0.0, 1.0, t, t - 1)
+    found = [scheduler.alpha_bar[t].item(), std ** 2, weight_of_x0, weight_of_xt]
+    assert found == pytest.approx(EXPECTED[t], abs=1e-6)
 
 
 def test_the_schedule_is_the_papers_closed_form(scheduler):
@@ -135,6 +136,7 @@ def diffusers_scheduler(name, steps):
     theirs.betas = theirs.betas.double()
     theirs.alphas = 1 - theirs.betas
     theirs.alphas_cumprod = theirs.alphas.cumprod(0)
+    theirs.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
     theirs.set_timesteps(steps)
     return theirs
 
@@ -151,20 +153,23 @@ def test_a_ddpm_step_is_that_of_diffusers(scheduler, t):
     expected = mean
     now = torch.tensor([t])
     x_0 = scheduler.predict_x0(v, x_t, now).clamp(-1, 1)
-    found = scheduler.ddpm_step(x_0, x_t, now, [torch.Generator().manual_seed(3)])
+    found = scheduler.step(x_0, x_t, t, t - 1, [torch.Generator().manual_seed(3)])
     assert (found - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50])
-def test_ddim_steps_are_those_of_diffusers(scheduler, steps):
+def test_fewer_steps_are_those_of_diffusers(scheduler, steps):
+    """Its DDIM with eta 1, which draws as much fresh noise as DDPM does."""
     theirs = diffusers_scheduler("DDIMScheduler", steps)
     assert scheduler.timesteps(steps) == theirs.timesteps.tolist()
     for t in theirs.timesteps.tolist():
         v, x_t = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
-        expected = theirs.step(v.double(), t, x_t.double(), use_clipped_model_output=True).prev_sample
+        z = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(3))
+        expected = theirs.step(v.double(), t, x_t.double(), eta=1.0, use_clipped_model_output=True,
+                               variance_noise=z[None].double()).prev_sample
         now = torch.tensor([t])
         x_0 = scheduler.predict_x0(v, x_t, now).clamp(-1, 1)
-        found = scheduler.ddim_step(x_0, x_t, now, t - 1000 // steps)
+        found = scheduler.step(x_0, x_t, t, t - 1000 // steps, [torch.Generator().manual_seed(3)])
         assert (found - expected).abs().max() < 1e-5
 
 
@@ -188,12 +193,12 @@ def test_guidance_scale_1_is_plain_conditional_sampling_bit_for_bit(scheduler, u
     plain = draw(scheduler, unet, steps=5, guidance_scale=1)
     text = torch.randn(2, 3, 24, generator=generator_for(1)), torch.ones(2, 3, dtype=torch.bool)
     x = torch.randn(2, 3, 32, 32, generator=generator_for(2))
-    times = scheduler.timesteps(5)
+    times, generators = scheduler.timesteps(5), [generator_for(3, i) for i in range(2)]
     with torch.no_grad():
         for now, earlier in zip(times, times[1:] + [-1]):
             t = torch.full((2,), now)
             x_0 = scheduler.predict_x0(unet(x, t, *text), x, t).clamp(-1, 1)
-            x = scheduler.ddim_step(x_0, x, t, earlier)
+            x = scheduler.step(x_0, x, now, earlier, generators)
     assert torch.equal(plain, x)
 
 
