@@ -305,7 +305,6 @@ class NoiseScheduler(nn.Module):
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)                            # beta_t
         alpha_bar = torch.cumprod(1 - beta, dim=0)                              # DDPM, above Eq. 4
-
         self.alpha_bars = alpha_bar.tolist()                                    # in float64, for the posterior
 
         def table(name, values):
@@ -313,7 +312,6 @@ class NoiseScheduler(nn.Module):
             self.register_buffer(name, values.float(), persistent=False)
 
         # q(x_t | x_0) = N(signal x_0, noise^2 I), DDPM Eq. 4
-        table("alpha_bar", alpha_bar)
         table("signal", alpha_bar.sqrt())
         table("noise", (1 - alpha_bar).sqrt())
 
@@ -328,10 +326,6 @@ class NoiseScheduler(nn.Module):
     def predict_x0(self, v, x_t, t):
         """The clean picture that v stands for, x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v (PD, appendix D)."""
         return per_picture(self.signal[t]) * x_t - per_picture(self.noise[t]) * v
-
-    def predict_noise(self, x_0, x_t, t):
-        """The noise that lies between a clean picture and x_t: DDPM Eq. 4, solved for it."""
-        return (x_t - per_picture(self.signal[t]) * x_0) / per_picture(self.noise[t])
 
     def posterior(self, x_0, x_t, t, earlier):
         """Mean (B, 3, H, W) and standard deviation, a float, of q(x_s | x_t, x_0); t and s = `earlier` are ints.
@@ -356,11 +350,12 @@ class NoiseScheduler(nn.Module):
         return [round(self.num_timesteps * (1 - i / steps)) - 1 for i in range(steps)]
 
     @torch.no_grad()
-    def sample(self, unet, noise, text, no_text, steps=50, guidance_scale=3.0, generators=None, on_step=None):
+    def sample(self, unet, noise, text, no_text, generators, steps=50, guidance_scale=3.0, on_step=None):
         """Run the process backwards: noise (B, 3, H, W) -> pictures (B, 3, H, W) in [-1, 1].
 
         text, no_text: (states (B, L, D), mask (B, L)) of the captions and of the empty caption, of one length L.
-        steps: T (1,000) is DDPM; fewer take several of its steps at once. generators: a CPU one for each picture.
+        generators: a CPU random generator for each picture.
+        steps: T (1,000) is DDPM; fewer take several of its steps at once.
         guidance_scale: 1 is plain conditional sampling; above 1 steps further from 'no caption' towards the caption.
         on_step: called after every step with its x_t, for a progress bar or an animation.
         """

@@ -208,7 +208,7 @@ def draw(unet, scheduler, text, no_text, seeds, steps=STEPS, guidance_scale=GUID
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
         few = tuple(part[start:start + BATCH].to(device) for part in text)
         none = tuple(part.expand(len(noise), *part.shape[1:]).contiguous().to(device) for part in no_text)
-        x_0 = scheduler.sample(unet, noise, few, none, steps, guidance_scale, generators, on_step)
+        x_0 = scheduler.sample(unet, noise, few, none, generators, steps, guidance_scale, on_step)
         pictures.append(to_uint8(x_0).cpu())
     return torch.cat(pictures)
 
@@ -265,6 +265,7 @@ def main(argv=None):
     noisy = []                                                              # every x_t, for --animate
     with tqdm(total=len(scales) * len(seeds) * args.steps, unit=" picture steps", leave=False) as bar:
         def on_step(x_t):
+            """Move the bar on, and keep what --animate shows."""
             bar.update(len(x_t))
             if args.animate:
                 noisy.append(to_uint8(x_t).cpu())

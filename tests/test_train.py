@@ -243,7 +243,7 @@ def fresh_run(pictures, tmp_path):
 
 
 def test_the_network_sees_captions_by_what_they_differ_in(fresh_run):
-    """Over the training captions, what reaches the attention has mean 0 and deviation 1, whatever the encoder's scale."""
+    """Over the training captions, the attention sees mean 0 and deviation 1, whatever the encoder's scale."""
     _, states, mask = fresh_run.pictures.batch(range(20))
     seen = []
     fresh_run.unet.middle.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
