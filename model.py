@@ -123,7 +123,11 @@ class SpatialTransformer(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions with a residual; the time scales and shifts the features between them (iDDPM, appendix A)."""
+    """Two convolutions with a residual; the time scales and shifts the features between them (iDDPM, appendix A).
+
+    The residual starts from the normalised features. Started from x itself, as is more usual, the skip, down- and
+    upsampling convolutions of all levels multiply into one long product, which can grow without a limit.
+    """
 
     def __init__(self, in_channels, out_channels, time_dim):
         super().__init__()
@@ -135,7 +139,8 @@ class ResnetBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, time):
-        h = self.conv1(F.silu(self.norm1(x)))                            # (B, out_channels, H, W)
+        x = self.norm1(x)                                                # (B, in_channels, H, W)
+        h = self.conv1(F.silu(x))                                        # (B, out_channels, H, W)
         scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)  # (B, out_channels, 1, 1) each
         h = self.norm2(h) * (1 + scale) + shift
         return self.skip(x) + self.conv2(F.silu(h))                      # (B, out_channels, H, W)

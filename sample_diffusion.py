@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from model import NoiseScheduler, TextEncoder, UNet, UNetConfig, generator_for, to_uint8
 
-FORMAT = "text-to-image-diffusion-1"  # marks a checkpoint as ours, and its version
+FORMAT = "text-to-image-diffusion-2"  # marks a checkpoint as ours, and its version
 STEPS = 50                            # denoising steps of a picture
 GUIDANCE_SCALE = 3.0                  # weight of the prompt; 1 is plain conditional sampling
 BATCH = 16                            # pictures drawn at once: what a 16 GB Mac takes easily

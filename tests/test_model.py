@@ -50,6 +50,21 @@ def test_every_parameter_gets_a_gradient():
 
 
 @torch.no_grad()
+def test_the_scale_of_the_features_does_not_multiply_from_level_to_level():
+    """A long run was lost to that: from step 2,400 on the features grew to a billion, and what blocks add drowned."""
+    torch.manual_seed(0)
+    unet = UNet(UNetConfig(image_size=32, channels=32, context_dim=24))
+    seen = []
+    unet.norm_out.register_forward_hook(lambda module, args, out: seen.append(args[0].std().item()))
+    unet(*inputs())
+    for name, module in unet.named_modules():
+        if name.endswith(("skip", "downsample", "upsample")) and isinstance(module, torch.nn.Conv2d):
+            module.weight *= 10
+    unet(*inputs())
+    assert seen[1] < 11 * seen[0]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (24, 40), (64, 64)])
 @pytest.mark.parametrize("length", [1, 2, 77])
 def test_any_caption_length_and_any_size_that_divides(unet, size, length):
