@@ -35,7 +35,7 @@ from sample_diffusion import (FORMAT, check_writable, contact_sheet, draw, first
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=64, epochs=44, batch_size=16, lr=1.5e-3, sample_every=10,  # minutes on 2 CPU cores
+            image_size=32, channels=64, epochs=44, batch_size=16, lr=3e-3, sample_every=10,  # minutes on 2 CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--channels", type=whole_number, default=UNetConfig.channels, help="width of the UNet's first level")
     add("--epochs", type=whole_number, default=300, help="passes over the training pictures, in all")
     add("--batch-size", type=whole_number, default=8, help="pictures a step")
-    add("--lr", type=float, default=1e-3, help="highest learning rate of AdamW")
+    add("--lr", type=float, default=2e-3, help="highest learning rate of AdamW")
     add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")
     add("--sample-every", type=whole_number, default=10, help="epochs between sample sheets")
