@@ -35,7 +35,7 @@ from sample_diffusion import (FORMAT, check_writable, contact_sheet, draw, first
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=64, epochs=44, batch_size=16, lr=3e-3, sample_every=10,  # minutes on 2 CPU cores
+            image_size=32, channels=64, epochs=44, batch_size=16, lr=3e-3, sample_every=10,    # minutes on 2 CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
