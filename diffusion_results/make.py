@@ -18,8 +18,13 @@ sys.path.insert(0, str(HERE.parent))
 import sample_diffusion as sampling  # noqa: E402
 from model import NoiseScheduler, UNet, UNetConfig  # noqa: E402
 
+# the video's prompts, and some in the words that the run's own captions use
 PROMPTS = ["a cartoon pikachu with big eyes and big ears", "a red pokemon with a red fire tail",
            "a green bird with a red tail and a black nose"]
+WORDED = ["a red fire type pokemon, an animal on four legs",
+          "a blue water type pokemon, a standing pokemon with a tail",
+          "a green bug type pokemon, a bug with a hard shell",
+          "a purple poison type pokemon, a blob with a wide base"]
 SCALES, STEPS = [1, 2, 3, 4, 5, 6, 7], [10, 20, 50, 1000]
 COLUMNS = 6
 
@@ -71,6 +76,7 @@ def main():
     write("progress.png", progress(args.run, args.prompts, unet.config.image_size))
     write("plain_and_guided.png", [(f"{prompt} ({kind})", draw(prompt, COLUMNS, scale=scale)) for prompt in PROMPTS
                                    for kind, scale in [("plain", 1), ("guided", sampling.GUIDANCE_SCALE)]])
+    write("pokemon_samples.png", [(prompt, draw(prompt, COLUMNS)) for prompt in WORDED])
     write("guidance.png", [(f"{prompt} (guidance {', '.join(map(str, SCALES))})",
                             torch.cat([draw(prompt, 1, scale=scale) for scale in SCALES])) for prompt in PROMPTS])
     write("steps.png", [(f"{prompt} ({', '.join(map(str, STEPS))} steps)",
