@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent))
 import sample_diffusion as sampling  # noqa: E402
 from model import NoiseScheduler, UNet, UNetConfig  # noqa: E402
 
-# the video's prompts, and some in the words that the run's own captions use
+# The video's prompts, and some in the words that the captions of the run shown in README.md use
 PROMPTS = ["a cartoon pikachu with big eyes and big ears", "a red pokemon with a red fire tail",
            "a green bird with a red tail and a black nose"]
 WORDED = ["a red fire type pokemon, an animal on four legs",
