@@ -11,6 +11,7 @@ Papers, named at each formula by these short names:
     DDPM   Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239
     iDDPM  Nichol and Dhariwal 2021, Improved DDPM, arXiv 2102.09672
     DDIM   Song et al. 2020, Denoising Diffusion Implicit Models, arXiv 2010.02502
+    DPM++  Lu et al. 2022, DPM-Solver++, arXiv 2211.01095 (few steps)
     CFG    Ho and Salimans 2022, Classifier-Free Diffusion Guidance, arXiv 2207.12598
     PD     Salimans and Ho 2022, Progressive Distillation, arXiv 2202.00512 (v-prediction)
     LDM    Rombach et al. 2021, Latent Diffusion, arXiv 2112.10752 (spatial transformer)
@@ -344,6 +345,18 @@ class NoiseScheduler(nn.Module):
                 + math.sqrt(1 - beta) * (1 - alpha_bar_s) / (1 - alpha_bar_t) * x_t)
         return mean, math.sqrt(beta * (1 - alpha_bar_s) / (1 - alpha_bar_t))
 
+    def log_snr(self, t):
+        """lambda_t, the logarithm of signal over noise, which is how DPM++ counts time; t an int."""
+        return math.log(self.alpha_bars[t] / (1 - self.alpha_bars[t])) / 2
+
+    def look_ahead(self, x_0, last_x_0, last, t, earlier):
+        """The clean estimate halfway from t to `earlier`, if it goes on changing as it did from `last` to t.
+
+        A long step that goes by it is that of SDE-DPM-Solver++(2M) (DPM++): second order in place of first.
+        """
+        halfway = (self.log_snr(earlier) - self.log_snr(t)) / 2
+        return x_0 + halfway / (self.log_snr(t) - self.log_snr(last)) * (x_0 - last_x_0)
+
     def step(self, x_0, x_t, t, earlier, generators):
         """x_s, drawn from the posterior of a clean estimate (DDPM Algorithm 2). Each picture has its generator."""
         mean, std = self.posterior(x_0, x_t, t, earlier)
@@ -351,8 +364,12 @@ class NoiseScheduler(nn.Module):
         return mean + std * z.to(x_t.device)
 
     def timesteps(self, steps):
-        """`steps` times from T-1 down, evenly spaced, so that the first is pure noise: list of ints."""
-        return [round(self.num_timesteps * (1 - i / steps)) - 1 for i in range(steps)]
+        """`steps` different times from T-1, pure noise, down to 0: list of ints.
+
+        They lie on a parabola (DDIM, appendix D.2): close together at the end, where the fine detail is drawn.
+        """
+        left = range(steps, 0, -1)                                    # steps still to be done, this one included
+        return [max(round(self.num_timesteps * (n / steps) ** 2), n) - 1 for n in left]
 
     @torch.no_grad()
     def sample(self, unet, noise, text, no_text, generators, steps=50, guidance_scale=3.0, on_step=None):
@@ -360,7 +377,7 @@ class NoiseScheduler(nn.Module):
 
         text, no_text: (states (B, L, D), mask (B, L)) of the captions and of the empty caption, of one length L.
         generators: a CPU random generator for each picture.
-        steps: T (1,000) is DDPM; fewer take several of its steps at once.
+        steps: T (1,000) is DDPM; fewer take several of its steps at once, and look ahead.
         guidance_scale: 1 is plain conditional sampling; above 1 steps further from 'no caption' towards the caption.
         on_step: called after every step with its x_t, for a progress bar or an animation.
         """
@@ -369,7 +386,7 @@ class NoiseScheduler(nn.Module):
         if guided:                                                      # both answers from one batched pass
             context, mask = torch.cat([no_context, context]), torch.cat([no_mask, mask])
         times = self.timesteps(steps)
-        x_t = noise
+        x_t, last, last_x_0 = noise, None, None
         for now, earlier in zip(times, times[1:] + [-1]):
             t = torch.full((len(x_t),), now, device=x_t.device)         # (B,)
 
@@ -383,8 +400,15 @@ class NoiseScheduler(nn.Module):
             # 2. The clean picture it stands for. Colours lie in [-1, 1]: clipping keeps errors from piling up.
             x_0 = self.predict_x0(v, x_t, t).clamp(-1, 1)
 
-            # 3. A little less noise: back to the time before
-            x_t = self.step(x_0, x_t, now, earlier, generators)
+            # 3. Where several steps are taken at once, look ahead; the first has nothing to go by yet, and the last
+            # ends at the estimate itself
+            ahead = x_0
+            if steps < self.num_timesteps and last is not None and earlier >= 0:
+                ahead = self.look_ahead(x_0, last_x_0, last, now, earlier)
+            last, last_x_0 = now, x_0
+
+            # 4. Less noise: back to the time before
+            x_t = self.step(ahead, x_t, now, earlier, generators)
             if on_step:
                 on_step(x_t)
         return x_t
