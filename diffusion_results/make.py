@@ -1,4 +1,4 @@
-"""Make the pictures of this folder from a run of train_diffusion.py.
+"""Make the pictures of this folder from a run of train_diffusion.py (those of the demo, demo_*, are made otherwise).
 
     python diffusion_results/make.py output/pokemon-blip-captions-en-zh
 
@@ -25,7 +25,7 @@ WORDED = ["a red fire type pokemon, an animal on four legs",
           "a blue water type pokemon, a standing pokemon with a tail",
           "a green bug type pokemon, a bug with a hard shell",
           "a purple poison type pokemon, a blob with a wide base"]
-SCALES, STEPS = [1, 2, 3, 4, 5, 6, 7], [10, 20, 50, 1000]
+SCALES = [1, 2, 3, 4, 5, 6, 7]
 COLUMNS = 6
 
 
@@ -63,11 +63,11 @@ def main():
     scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
     encoder = sampling.load_encoder(checkpoint["flags"]["text_encoder"])
 
-    def draw(prompt, count, steps=sampling.STEPS, scale=sampling.GUIDANCE_SCALE):
+    def draw(prompt, count, scale=sampling.GUIDANCE_SCALE):
         states, mask = encoder([prompt, ""])
         text = states[:1].repeat(count, 1, 1), mask[:1].repeat(count, 1)
         seeds = [(0, i) for i in range(count)]
-        return sampling.draw(unet, scheduler, text, (states[1:], mask[1:]), seeds, steps, scale)
+        return sampling.draw(unet, scheduler, text, (states[1:], mask[1:]), seeds, guidance_scale=scale)
 
     def write(name, rows):
         sampling.save_picture(sampling.contact_sheet(rows), HERE / name)
@@ -79,8 +79,6 @@ def main():
     write("pokemon_samples.png", [(prompt, draw(prompt, COLUMNS)) for prompt in WORDED])
     write("guidance.png", [(f"{prompt} (guidance {', '.join(map(str, SCALES))})",
                             torch.cat([draw(prompt, 1, scale=scale) for scale in SCALES])) for prompt in PROMPTS])
-    write("steps.png", [(f"{prompt} ({', '.join(map(str, STEPS))} steps)",
-                         torch.cat([draw(prompt, 1, steps) for steps in STEPS])) for prompt in PROMPTS])
     shutil.copy(args.run / "loss.png", HERE / "loss.png")
 
 
