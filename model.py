@@ -352,10 +352,10 @@ class NoiseScheduler(nn.Module):
     def look_ahead(self, x_0, last_x_0, last, t, earlier):
         """The clean estimate halfway from t to `earlier`, if it goes on changing as it did from `last` to t.
 
-        A long step that goes by it is that of SDE-DPM-Solver++(2M) (DPM++): second order in place of first.
+        It is D in DPM++ Algorithm 2. A `step` by it is one of SDE-DPM-Solver++(2M): second order in place of first.
         """
-        halfway = (self.log_snr(earlier) - self.log_snr(t)) / 2
-        return x_0 + halfway / (self.log_snr(t) - self.log_snr(last)) * (x_0 - last_x_0)
+        h, last_h = self.log_snr(earlier) - self.log_snr(t), self.log_snr(t) - self.log_snr(last)
+        return x_0 + h / (2 * last_h) * (x_0 - last_x_0)
 
     def step(self, x_0, x_t, t, earlier, generators):
         """x_s, drawn from the posterior of a clean estimate (DDPM Algorithm 2). Each picture has its generator."""
@@ -364,7 +364,7 @@ class NoiseScheduler(nn.Module):
         return mean + std * z.to(x_t.device)
 
     def timesteps(self, steps):
-        """`steps` different times from T-1, pure noise, down to 0: list of ints.
+        """`steps` different times from T-1, pure noise, down towards 0: list of ints.
 
         They lie on a parabola (DDIM, appendix D.2): close together at the end, where the fine detail is drawn.
         """

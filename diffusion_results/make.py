@@ -1,4 +1,7 @@
-"""Make the pictures of this folder from a run of train_diffusion.py (those of the demo, demo_*, are made otherwise).
+"""Make the pictures of this folder from a run of train_diffusion.py, but for those of the demo.
+
+demo_nearest.png comes from tests/quality.py, the other demo_* from sample_diffusion.py, demo_steps.png being its
+pictures at --steps 5, 10, 20, 50 and 1000 side by side.
 
     python diffusion_results/make.py output/pokemon-blip-captions-en-zh
 

@@ -195,7 +195,7 @@ def test_a_step_over_several_times_is_that_of_diffusers(scheduler, steps):
 
 # ---------------------------------------------------------------------------------------------- sampling
 
-def test_the_times_run_from_pure_noise_down_to_zero(scheduler):
+def test_the_times_run_from_pure_noise_towards_zero(scheduler):
     assert scheduler.timesteps(1000) == list(range(999, -1, -1))
     assert scheduler.timesteps(5) == [999, 639, 359, 159, 39]  # 1,000 (n / 5)^2 - 1
     for steps in range(1, 1000):
