@@ -6,50 +6,56 @@
     python train_diffusion.py --resume                 # go on where the last run stopped
     torchrun --nproc-per-node=2 train_diffusion.py     # on two GPUs; --batch-size stays the size of the whole batch
 
-It writes to --output-dir: checkpoint.pt, log.csv (a row an epoch), loss.png and samples/epoch_0010.png ...
+It writes to --output-dir: checkpoint.pt, log.csv (a row per epoch), loss.png and samples/epoch_0010.png ...
 """
 import argparse
 import csv
+import hashlib
 import io
+import json
 import math
 import os
 import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+import unicodedata
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import distributed, nn
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import NoiseScheduler, UNet, UNetConfig, generator_for, per_picture
-from sample_diffusion import (FORMAT, check_writable, contact_sheet, draw, first_line, fits, load_checkpoint,
-                              load_encoder, pick_device, save_picture, seed_number, use_cache_if_unreachable, ways_out,
-                              whole_number, write_atomically)
+from model import (STRIDE, NoiseScheduler, TextEncoder, UNet, UNetConfig, UserError, ask_hub, autocast, download_help,
+                   first_line, generator_for, pick_device, run, write_atomically)
+from sample_diffusion import FORMAT, checkpoint_errors, contact_sheet, draw, encoded, load_checkpoint, number
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=64, epochs=44, batch_size=16, lr=3e-3, sample_every=10,    # minutes on 2 CPU cores
+            image_size=32, channels=64, epochs=90, batch_size=16, lr=4e-3, sample_every=15,    # minutes on 2 CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-CAPTION_DROPOUT = 0.1    # of the training examples lose their caption, so that 'no caption' is learned too (CFG)
+CAPTION_DROPOUT = 0.1    # share of training examples whose caption is dropped: 'no caption' is learned too (CFG)
+MAX_WEIGHT = 5           # cap of the squared error's weight at the clean end of the noise levels
+L1_WEIGHT = 3            # weight of the absolute error there
 VALIDATION_SHARE = 0.1   # of the pictures are never trained on ...
-VALIDATION_MOST = 64     # ... and at most so many of them are looked at after each epoch
+MAX_VALIDATION = 64      # ... and at most so many of them are looked at after each epoch
 WARMUP_STEPS = 50        # the learning rate rises over these, then falls on a cosine
-EMA_LIMIT = 0.999        # the average of the weights forgets over 1 / (1 - 0.999) = 1,000 steps at the most
+WEIGHT_DECAY = 0.01      # of AdamW
+EMA_DECAY = 0.999        # EMA of the weights: over the last 1 / (1 - 0.999) = 1,000 steps; the decay warms up
 CLIP_NORM = 1.0          # gradients longer than this are shortened to it
 SAMPLES = 6              # pictures of each prompt on a sample sheet
 READ_EVERY = 10          # steps between readings of the loss: each waits for the device
 LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "lr", "seconds", "val_loss_shuffled", "val_loss_empty")
-MUST_MATCH = ("dataset", "text_encoder", "image_size", "channels", "batch_size", "lr", "seed")  # to go on with a run
+MUST_MATCH = ("image_size", "channels", "batch_size", "lr", "seed")  # to go on with a run, beside the data themselves
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -58,7 +64,7 @@ def parse_args(argv=None):
     """Command line -> namespace; argparse itself names a wrong flag and exits with 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1, 10 ** 9)
     add("--dataset", default="svjack/pokemon-blip-captions-en-zh",
         help="hub name or folder: pictures with metadata.jsonl or .csv (file_name, text), parquet files, or "
              "pictures each with a .txt of the same name")
@@ -67,108 +73,167 @@ def parse_args(argv=None):
                                  + ", ".join(CAPTION_COLUMNS) + " that is there")
     add("--text-encoder", default="openai/clip-vit-base-patch32", help="hub name or folder of a CLIP text encoder")
     add("--demo", action="store_true", help="train a small model on the drawings in examples/, without a network")
-    add("--image-size", type=whole_number, default=64, help="pixels a side")
-    add("--channels", type=whole_number, default=UNetConfig.channels, help="width of the UNet's first level")
-    add("--epochs", type=whole_number, default=300, help="passes over the training pictures, in all")
-    add("--batch-size", type=whole_number, default=8, help="pictures a step")
-    add("--lr", type=float, default=2e-3, help="highest learning rate of AdamW")
+    add("--image-size", type=number(int, STRIDE, 1024), default=64, help=f"pixels a side, a multiple of {STRIDE}")
+    add("--channels", type=number(int, 32, 1024), default=UNetConfig.channels, help="width of the UNet's first level")
+    add("--epochs", type=count, default=1000, help="passes over the training pictures, in all; if raised on --resume, "
+                                                  "the learning rate goes on on the longer curve")
+    add("--batch-size", type=count, default=8, help="pictures per step")
+    add("--lr", type=number(float, 1e-9, 1), default=2e-3, help="highest learning rate of AdamW")
     add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")
-    add("--sample-every", type=whole_number, default=10, help="epochs between sample sheets")
-    add("--save-every", type=whole_number, default=10, help="epochs between checkpoints")
+    add("--sample-every", type=count, default=10, help="epochs between sample sheets")
+    add("--save-every", type=count, default=10, help="epochs between checkpoints")
     add("--output-dir", type=Path, help="where all is written; if not given, output/ and the data set's name")
     add("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
-    add("--seed", type=seed_number, default=0, help="of the weights, the validation pictures and all noise")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the weights, the held-out pictures, all noise")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), cuda, mps or cpu")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
         help="auto is bf16 where CUDA or the CPU has it in hardware, else fp32")
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
-    if not 0 < args.lr <= 1:
-        parser.error(f"--lr: {args.lr} is not above 0 and at most 1")
-    config = UNetConfig(image_size=args.image_size, channels=args.channels)
-    if args.image_size % config.stride or args.image_size > 1024:
-        parser.error(f"--image-size: {args.image_size} is not a multiple of {config.stride} up to 1024")
-    if args.channels % 32 or args.channels > 1024:
-        parser.error(f"--channels: {args.channels} is not a multiple of 32 up to 1024")
+    if args.image_size % STRIDE:
+        parser.error(f"--image-size: {args.image_size} is not a multiple of {STRIDE}")
+    if args.channels % 32:
+        parser.error(f"--channels: {args.channels} is not a multiple of 32")
     if args.output_dir is None:
-        args.output_dir = Path("output") / ("demo" if args.demo else Path(args.dataset).name)
+        args.output_dir = Path("output") / ("demo" if args.demo else Path(args.dataset).resolve().name)
     return args
-
-
-def autocast(device, precision):
-    """What the forward pass runs under: nothing for fp32; for bf16 torch.autocast."""
-    if precision == "auto":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch before 2.10 can't be asked: fp32
-        in_hardware = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-                       "cpu": capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"),
-                       "mps": False}                                   # there, bf16 was measured slower than fp32
-        precision = "bf16" if in_hardware[device.type] else "fp32"
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------- data
 
-def read_dataset(args):
-    """--dataset -> datasets.Dataset with the columns `image` (undecoded) and `text`; exits with one line if wrong."""
-    import datasets  # here, not above: it reads at its import whether the hub is to be used
-    folder = Path(args.dataset)
+def read_rows(args):
+    """--dataset -> [(name, picture as a path or the bytes of a file, caption)], in order. Raises UserError."""
+    path = Path(args.dataset)
+    path = path / "train" if (path / "dataset_dict.json").is_file() else path       # what save_to_disk makes
+    files = list(walk(path, args.output_dir)) if path.is_dir() else [path]
+    tables = [file for file in files if file.suffix in (".parquet", ".arrow")]
+    if any(file.name.startswith("train-") for file in tables):
+        tables = [file for file in tables if not file.name.startswith(("test-", "validation-"))]
+    if not path.exists():
+        rows = list(table_rows(hub_table(args.dataset), args.dataset, args))
+    elif metadata := [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]:
+        by_name = {same_name(file): file for file in files}
+        rows = [row for file in metadata for row in metadata_rows(file, by_name, args)]
+    elif tables:
+        rows = [row for file in tables for row in table_rows(read_table(file), file, args)]
+    else:
+        rows = list(text_file_rows(files)) if path.is_dir() else []
+    if not rows:
+        raise UserError(f"--dataset {path}: no metadata.jsonl or metadata.csv, no .parquet file and no picture in it")
+    return rows
+
+
+def walk(folder, output):
+    """Every file below a folder, in order, through links; not what is hidden, or left by a system or by this run."""
+    left_out, skipped = {os.path.realpath(output)}, ("__MACOSX", "@eaDir")
+    for root, folders, names in os.walk(folder, followlinks=True):
+        left_out.add(os.path.realpath(root))                              # a link that leads back is not a new folder
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped
+                            and os.path.realpath(os.path.join(root, name)) not in left_out)
+        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+
+
+def same_name(path):
+    """A path as text in which accents are always composed alike (zip files made on a Mac take them apart)."""
+    return unicodedata.normalize("NFC", os.fsencode(os.path.normpath(path)).decode("utf-8", "replace"))
+
+
+def read_text(path):
+    """A UTF-8 file, with or without a byte order mark -> its text. Raises UserError."""
     try:
-        dataset = open_folder(folder) if folder.is_dir() else datasets.load_dataset(args.dataset)
-    except (OSError, LookupError, RuntimeError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if folder.exists():
-            sys.exit(f"error: --dataset {args.dataset}: {first_line(error)}")
-        sys.exit(f"error: --dataset: {ways_out(args.dataset, '--dataset')}")
-    if isinstance(dataset, dict):  # a DatasetDict, as the hub gives it
-        if "train" not in dataset:
-            sys.exit(f"error: --dataset {args.dataset}: no split 'train', only {', '.join(dataset)}")
-        dataset = dataset["train"]
-
-    columns, wanted = dataset.column_names, args.caption_column
-    if args.image_column not in columns:
-        sys.exit(f"error: --image-column: {args.dataset} has no column {args.image_column!r}, only {columns}")
-    if wanted is None:
-        wanted = next((name for name in CAPTION_COLUMNS if name in columns), None)
-    if wanted not in columns:
-        sys.exit(f"error: --caption-column: {args.dataset} has no column {wanted or CAPTION_COLUMNS!r}, only {columns}")
-    if not isinstance(dataset.features[args.image_column], datasets.Image):
-        sys.exit(f"error: --image-column: column {args.image_column!r} of {args.dataset} holds no pictures, but "
-                 f"{dataset.features[args.image_column]}")
-    dataset = dataset.select_columns([args.image_column, wanted])
-    dataset = dataset.rename_columns({old: new for old, new in ((args.image_column, "image"), (wanted, "text"))
-                                      if old != new})
-    return dataset.cast_column("image", datasets.Image(decode=False))
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no text in UTF-8: {first_line(error)}") from error
 
 
-def open_folder(folder):
-    """A local folder in one of the three layouts that the README names -> datasets.Dataset. Raises ValueError."""
+def caption_column(columns, source, args):
+    """The name of the column that holds the captions. Raises UserError."""
+    wanted = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
+    for name in wanted:
+        if name in columns:
+            return name
+    raise UserError(f"--caption-column: {source} has no {' or '.join(wanted)}, only {', '.join(map(str, columns))}")
+
+
+def metadata_rows(file, by_name, args):
+    """metadata.jsonl or metadata.csv, with the columns file_name and text -> rows."""
+    text = io.StringIO(read_text(file), newline="")
+    try:
+        table = (list(csv.DictReader(text, strict=True)) if file.suffix == ".csv" else
+                 [dict(json.loads(line)) for line in text if line.strip()])
+    except (ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{file}: {first_line(error)}") from error
+    for row in table:
+        if "file_name" not in row:
+            raise UserError(f"{file}: no file_name, only {', '.join(map(str, row))}")
+        path = file.parent / str(row["file_name"])
+        if not path.is_file() and same_name(path) not in by_name:
+            raise UserError(f"{file}: there is no picture {row['file_name']}")
+        yield str(path), by_name.get(same_name(path), path), row[caption_column(list(row), file, args)]
+
+
+def read_table(file):
+    """A .parquet or .arrow file -> datasets.Dataset. Raises UserError."""
     import datasets
-    if parquet := sorted(str(path) for path in folder.rglob("*.parquet")):
-        return datasets.load_dataset("parquet", data_files=parquet, split="train")
-    if any(next(folder.rglob(f"metadata.{suffix}"), None) for suffix in ("jsonl", "csv")):
-        return datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    if not pictures:
-        raise ValueError("no metadata.jsonl or metadata.csv, no .parquet file and no picture in this folder")
-    rows = {"image": [str(path) for path in pictures], "text": [read_caption(path) for path in pictures]}
-    return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
-
-
-def read_caption(picture):
-    """The text in the .txt beside a picture. Raises ValueError where there is none."""
-    path = picture.with_suffix(".txt")
-    if not path.is_file():
-        raise ValueError(f"{picture.name} has no caption: expected {path.name} beside it, or one metadata.jsonl or "
-                         "metadata.csv with the columns file_name and text")
+    import pyarrow.parquet
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is no text in UTF-8") from error
+        if file.suffix == ".arrow":
+            return datasets.Dataset.from_file(str(file))
+        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(file)))
+    except Exception as error:  # pyarrow's and datasets' own, for what is no such file or has an odd schema
+        raise UserError(f"{file}: {first_line(error)}") from error
+
+
+def hub_table(name):
+    """The name of a data set on the hub -> datasets.Dataset, its split 'train', or the only one. Raises UserError."""
+    import datasets
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as error:  # the hub's, the network's or the disk's: what is innermost says most
+        raise UserError(f"--dataset {name}: {download_help('--dataset', error)}") from error
+    if "train" not in splits and len(splits) > 1:
+        raise UserError(f"--dataset {name}: no split 'train', only {', '.join(splits)}")
+    return splits.get("train", next(iter(splits.values())))
+
+
+def table_rows(table, source, args):
+    """datasets.Dataset -> rows. Pictures are bytes, a path, or a struct of both; class labels become their names."""
+    import datasets
+    column, names = args.image_column, table.column_names
+    if column not in names:
+        raise UserError(f"--image-column: {source} has no column {column!r}, only {', '.join(names)}")
+    text = caption_column(names, source, args)
+    if isinstance(table.features[column], datasets.Image):
+        table = table.cast_column(column, datasets.Image(decode=False))
+    label = getattr(table.features[text], "int2str", lambda value: value)
+    for i, row in enumerate(table.select_columns(list({column, text}))):
+        picture = row[column]
+        if isinstance(picture, dict):
+            picture = picture.get("bytes") or picture.get("path")
+        if isinstance(picture, str):
+            picture = Path(source).parent / picture
+        yield f"{i} in column {column!r} of {source}", picture, label(row[text])
+
+
+def text_file_rows(files):
+    """Pictures, each with a .txt of the same name -> rows. Raises UserError for one without."""
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    texts = {same_name(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
+    known = {same_name(file.with_suffix("")) for file in files if file.suffix.lower() in readable}
+    for file in files:
+        name, is_picture = same_name(file.with_suffix("")), file.suffix.lower() in readable
+        if is_picture and name not in texts:
+            raise UserError(f"{file} has no caption: expected {file.with_suffix('.txt').name} beside it, or a "
+                            "metadata.jsonl or metadata.csv with the columns file_name and text")
+        # A captioned file that Pillow does not know (.heic) is a row too: `decode` will name it
+        if is_picture or name in texts and name not in known and file != texts[name]:
+            yield str(file), file, read_text(texts[name])
 
 
 def to_rgb(picture):
-    """Any PIL picture -> upright RGB, with what is transparent laid on white."""
+    """Any PIL picture -> upright RGB; transparent areas become white."""
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):                                      # 16 bits of grey, which PIL would clip at 255
         picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
@@ -178,101 +243,81 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
-def decode(image, size):
-    """{'bytes', 'path'} of a dataset's row -> uint8 array (3, size, size). The longer side is cut at both ends."""
+def decode(name, picture, size):
+    """A path or the bytes of a picture file -> uint8 (3, size, size), the centre square. Raises UserError."""
+    from torchvision.transforms.v2.functional import pil_to_tensor
     try:
-        with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as picture:
-            square = ImageOps.fit(to_rgb(picture), (size, size), Image.Resampling.BILINEAR)  # antialiased by PIL
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
+            return pil_to_tensor(ImageOps.fit(to_rgb(opened), (size, size), Image.Resampling.BILINEAR))
     except Exception as error:  # PIL's readers of some twenty formats raise whatever a damaged file leads them to
-        raise ValueError(f"picture {image and image['path']}: can't be read: {first_line(error)}") from error
-    return np.asarray(square).transpose(2, 0, 1)
+        raise UserError(f"picture {name} can't be read: {first_line(error)}") from error
 
 
 class Pictures:
-    """Captioned pictures, decoded, resized and encoded once, kept by `datasets` in a file that is mapped into memory.
+    """Captioned pictures in memory, decoded, resized and encoded once.
 
-    So a second run starts at once, and memory does not grow with the number of pictures.
+    pixels (N, 3, S, S) uint8; states (N + 1, L, D) and mask (N + 1, L) of the captions, the empty one last;
+    fingerprint: the same for the same pixels and captions, wherever they lie.
     """
 
-    def __init__(self, dataset, size, encoder, encoder_name):
-        from datasets.fingerprint import Hasher
-        if not len(dataset):
-            raise ValueError("no pictures in it")
-        self.size, self.dim = size, encoder.dim
-        no_states, no_mask = encoder([""])
-        # The file's name follows from all that decides its content; the empty caption's states stand for the encoder's
-        # weights, and this script for what it does to the pictures.
-        key = Hasher.hash((dataset._fingerprint, size, encoder_name, no_states.numpy().tobytes(),
-                           Path(__file__).read_bytes()))
-        self.rows = dataset.map(self.prepare, batched=True, batch_size=64, fn_kwargs=dict(encoder=encoder),
-                                remove_columns=dataset.column_names, new_fingerprint=key,
-                                desc="decoding pictures, encoding captions")
-        self.length = max(self.rows["length"])                                     # L, the longest caption
-        self.no_text = self.pad(no_states[0]), self.pad(no_mask[0])                # (L, D), (L,)
+    def __init__(self, rows, size, encoder):
+        captions = []
+        for name, _, caption in rows:
+            if isinstance(caption, (list, dict)) or caption is None or not str(caption).strip():
+                raise UserError(f"picture {name}: its caption is {caption!r:.60}")
+            captions.append(str(caption).strip())
+        self.pixels = torch.stack([decode(name, picture, size) for name, picture, _ in
+                                   tqdm(rows, desc="reading pictures", leave=False)])
+        states = []                                                       # of each caption (length, D)
+        for some in tqdm(range(0, len(rows) + 1, 64), desc="encoding captions", leave=False):
+            states += [row[real] for row, real in zip(*encoder([*captions, ""][some:some + 64]))]
+        self.states = pad_sequence(states, batch_first=True)
+        lengths = torch.tensor([len(row) for row in states])
+        self.mask = torch.arange(self.states.shape[1]) < lengths[:, None]
+        self.hashes = [hashlib.sha256(picture.numpy()).hexdigest() for picture in self.pixels]
+        self.fingerprint = hashlib.sha256(json.dumps([self.hashes, captions]).encode()).hexdigest()
 
-    def prepare(self, batch, encoder):
-        """Rows of `image` and `text` -> bytes of the pixels (3, size, size) and of the token states (length, D)."""
-        for image, text in zip(batch["image"], batch["text"]):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"picture {image and image['path']}: its caption is {text!r}")
-        states, mask = encoder(batch["text"])
-        lengths = mask.sum(dim=1).tolist()
-        return {"pixels": [decode(image, self.size).tobytes() for image in batch["image"]],
-                "states": [row[:length].numpy().tobytes() for row, length in zip(states, lengths)],
-                "length": lengths}
+    def split(self, seed):
+        """Row numbers -> (training, held out), shuffled by the seed. All rows of one picture are on the same side."""
+        order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
+        ahead = {self.hashes[i] for i in order[:max(1, round(len(order) * VALIDATION_SHARE))]}
+        return ([i for i in order if self.hashes[i] not in ahead], [i for i in order if self.hashes[i] in ahead])
 
-    def text_statistics(self, captions=1000):
-        """Mean and standard deviation of each number in the token states, over the first captions: (D,), (D,)."""
-        states = self.rows.select_columns("states")[:captions]["states"]
-        states = torch.frombuffer(bytearray(b"".join(states)), dtype=torch.float32).view(-1, self.dim)  # (tokens, D)
-        return states.mean(dim=0), states.std(dim=0).clamp(min=0.01)       # a number that never changes stays small
-
-    def pad(self, tokens):
-        """Append zeros to (length, ...) until it is (L, ...)."""
-        return torch.cat([tokens, tokens.new_zeros(self.length - len(tokens), *tokens.shape[1:])])
-
-    def batch(self, indices):
-        """Row numbers -> x_0 (B, 3, size, size) in [-1, 1], states (B, L, D), mask (B, L)."""
-        rows = self.rows[indices]
-        pixels = torch.frombuffer(bytearray(b"".join(rows["pixels"])), dtype=torch.uint8)
-        states = [torch.frombuffer(bytearray(row), dtype=torch.float32).view(-1, self.dim) for row in rows["states"]]
-        mask = torch.arange(self.length) < torch.tensor(rows["length"])[:, None]
-        return (pixels.view(-1, 3, self.size, self.size).float() / 127.5 - 1,
-                torch.stack([self.pad(row) for row in states]), mask)
-
-
-def split(count, seed):
-    """Row numbers -> (training, validation), shuffled by the seed."""
-    order = torch.randperm(count, generator=generator_for(seed, 0)).tolist()
-    held_out = max(1, round(count * VALIDATION_SHARE))
-    return order[held_out:], order[:held_out]
+    def batch(self, indices, captions=None):
+        """Row numbers -> x_0 (B, 3, S, S) in [-1, 1], states (B, L, D), mask (B, L), those of `captions`."""
+        captions = indices if captions is None else captions
+        return self.pixels[indices].float() / 127.5 - 1, self.states[captions], self.mask[captions]
 
 
 # ---------------------------------------------------------------------------------------------- loss
 
-def diffusion_loss(unet, scheduler, x_0, states, mask, t, noise):
-    """The network's squared error in v at the times t, one number a picture: (B,)."""
-    x_t = scheduler.add_noise(x_0, noise, t)                                  # (B, 3, H, W)
-    v = unet(x_t, t, states, mask)
-    return (v - scheduler.velocity(x_0, noise, t)).square().mean(dim=(1, 2, 3))
-
-
 def training_batch(pictures, indices, scheduler, generator):
     """What one step learns from (DDPM Algorithm 1, lines 2 to 4), drawn on the CPU: x_0, states, mask, t, noise."""
-    x_0, states, mask = pictures.batch(indices)
-    B = len(x_0)
-    flip = torch.rand(B, generator=generator) < 0.5                           # mirrored, half of them
-    x_0 = torch.where(per_picture(flip), x_0.flip(-1), x_0)
-    # One time from each B-th of 0 ... T-1, so that every batch sees the whole range (arXiv 2107.00630, I.1)
+    indices = torch.tensor(indices)
+    B = len(indices)
+    # Without caption dropout, guidance would subtract an answer that was never trained (CFG Algorithm 1)
+    dropped = torch.rand(B, generator=generator) < CAPTION_DROPOUT
+    x_0, states, mask = pictures.batch(indices, torch.where(dropped, len(pictures.pixels), indices))
+    flip = torch.rand(B, 1, 1, 1, generator=generator) < 0.5                  # mirrored, half of them
+    x_0 = torch.where(flip, x_0.flip(-1), x_0)
+    # Stratified: one time from each B-th of 0 ... T-1, so that every batch sees all noise levels
     u = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
     t = (u * scheduler.num_timesteps).long().clamp(max=scheduler.num_timesteps - 1)
-    noise = torch.randn(x_0.shape, generator=generator)
-    # Without caption dropout, guidance would subtract an answer that was never trained (CFG Algorithm 1)
-    drop = torch.rand(B, generator=generator) < CAPTION_DROPOUT
-    no_states, no_mask = pictures.no_text
-    states = torch.where(drop[:, None, None], no_states, states)
-    mask = torch.where(drop[:, None], no_mask, mask)
-    return x_0, states, mask, t, noise
+    return x_0, states, mask, t, torch.randn(x_0.shape, generator=generator)
+
+
+def diffusion_loss(unet, scheduler, x_0, states, mask, t, noise):
+    """How far the network's clean picture is from x_0 at the times t, one number per picture: (B,).
+
+    The squared error divided by 1 - alpha_bar is the v-loss (Salimans and Ho 2022, arXiv 2202.00512), as in JiT; the
+    weight is capped, so that it is not spent on the cleanest levels (min-SNR: Hang et al. 2023, arXiv 2303.09556).
+    The absolute error, the more the cleaner x_t is, keeps paper white and colours flat.
+    """
+    x_t = scheduler.add_noise(x_0, noise, t)                                    # (B, 3, H, W)
+    error = unet(x_t, t, states, mask) - x_0                                    # (B, 3, H, W)
+    weight = (1 / scheduler.noise[t].square()).clamp(max=MAX_WEIGHT)            # (B, 1, 1, 1)
+    loss = weight * error.square() + L1_WEIGHT * scheduler.signal[t].square() * error.abs()
+    return loss.mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -282,21 +327,16 @@ def validate(unet, scheduler, pictures, indices, batch_size, seed):
     Each picture always has the same noise and time, and the times are spread evenly: the numbers of two epochs, or
     of two captions, can be compared. They tell whether the text is used.
     """
-    device, n = scheduler.signal.device, len(indices)
-    noise = torch.randn(n, 3, pictures.size, pictures.size, generator=generator_for(seed, 1))
+    device, indices, n = scheduler.signal.device, torch.tensor(indices), len(indices)
     t = ((torch.arange(n) + 0.5) / n * scheduler.num_timesteps).long()
-    x_0, states, mask = pictures.batch(indices)
-    captions = [(states, mask), (states.roll(1, 0), mask.roll(1, 0)),
-                tuple(part.expand(n, *part.shape).contiguous() for part in pictures.no_text)]
-    losses = torch.zeros(len(captions), device=device)
-    for i, (states, mask) in enumerate(captions):
+    noise = torch.randn(n, *pictures.pixels.shape[1:], generator=generator_for(seed, "validation"))
+    losses = torch.zeros(3, device=device)
+    for i, captions in enumerate([indices, indices.roll(1), torch.full_like(indices, len(pictures.pixels))]):
         for part in torch.arange(n).split(batch_size):
-            batch = [tensor[part].to(device) for tensor in (x_0, states, mask, t, noise)]
-            losses[i] += diffusion_loss(unet, scheduler, *batch).sum() / n
+            batch = (*pictures.batch(indices[part], captions[part]), t[part], noise[part])
+            losses[i] += diffusion_loss(unet, scheduler, *(tensor.to(device) for tensor in batch)).sum() / n
     return losses.tolist()
 
-
-# ---------------------------------------------------------------------------------------------- training
 
 def learning_rate(step, steps, peak):
     """Linear warm-up, then half a cosine down to 0."""
@@ -309,71 +349,41 @@ def learning_rate(step, steps, peak):
 @torch.no_grad()
 def update_ema(ema, unet, step):
     """Move the averaged weights towards the current ones; at first fast, so that short runs are not left behind."""
-    decay = min(EMA_LIMIT, (1 + step) / (10 + step))
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
     for average, weight in zip(ema.parameters(), unet.parameters()):
         average.lerp_(weight, 1 - decay)
 
 
-class StopWish:
-    """Turns Ctrl-C and SIGTERM into a wish that the training loop grants after the step it is in."""
+# ---------------------------------------------------------------------------------------------- stopping, saving
 
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+class StopRequest:
+    """Ctrl-C, SIGTERM and a closed terminal ask the loop to stop after its step; a second Ctrl-C ends at once."""
+
+    def __enter__(self):
+        self.signal, self.before = 0, {}
+        if threading.current_thread() is threading.main_thread():          # Python allows handlers nowhere else
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)                       # Windows has no SIGHUP
+                if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+                    self.before[number] = signal.signal(number, self.note)
+        return self
 
     def note(self, number, frame):
-        """What Python calls when the signal arrives; frame, where it was, does not matter."""
+        """What Python calls when the signal arrives."""
         self.signal = number
+        signal.signal(number, self.before[number])
 
-    def granted(self, run):
-        """The signal that was sent, or 0. Several processes agree on it: all have to stop after the same step."""
-        if run.processes > 1:
-            sent = torch.tensor(self.signal, device=run.scheduler.signal.device)
-            distributed.all_reduce(sent, distributed.ReduceOp.MAX)
-            self.signal = sent.item()
-        return self.signal
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-
-@dataclass
-class Run:
-    """What the functions below share."""
-    args: argparse.Namespace
-    pictures: Pictures
-    prompts_text: tuple               # (states, mask) of the --prompts and, last, of the empty caption
-    scheduler: NoiseScheduler
-    unet: UNet
-    model: nn.Module                  # the unet, or under torchrun what averages its gradients over the processes
-    ema: UNet                         # a copy that holds the averaged weights: what validation and samples show
-    optimizer: torch.optim.Optimizer
-    amp: object                       # the context that the forward pass runs under
-    state: dict                       # step, epoch ...: the plain values of the checkpoint
-    rank: int                         # this process's number under torchrun, else 0: the one that writes
-    processes: int                    # how many there are
-
-
-def train_step(run, indices, lr):
-    """One step of DDPM Algorithm 1 -> the loss, still on the device; not finite if the gradients were not.
-
-    Each of several processes draws the whole batch, the same in all of them, and learns from its share of it.
-    """
-    step, device = run.state["step"], run.scheduler.signal.device
-    batch = training_batch(run.pictures, indices, run.scheduler, generator_for(run.args.seed, 3, step))
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    share = [part[run.rank::run.processes].to(device) for part in batch]  # all of it where there is one process
-    with run.amp:
-        loss = diffusion_loss(run.model, run.scheduler, *share).mean()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(run.unet.parameters(), CLIP_NORM)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    update_ema(run.ema, run.unet, step)
-    run.state["step"] += 1
-    loss = loss.detach() + 0 * norm  # 0 * inf is not a number, so that one check later finds either
-    if run.processes > 1:
-        distributed.all_reduce(loss)
-    return loss / run.processes
+    def agreed(self, device, processes):
+        """The signal that was sent to any of the processes, or 0: all have to stop after the same step."""
+        if processes == 1:
+            return self.signal
+        sent = torch.tensor(self.signal, device=device)      # a signal that comes from here on counts in the next step
+        distributed.all_reduce(sent, distributed.ReduceOp.MAX)
+        return sent.item()
 
 
 def to_cpu(tree):
@@ -385,62 +395,20 @@ def to_cpu(tree):
     return tree.cpu() if isinstance(tree, torch.Tensor) else tree
 
 
-def check_finite(run, path):
-    """Exit with one line if the epoch's losses so far are not finite, before anything is saved."""
-    if not math.isfinite(run.state["loss_sum"]):
-        last = f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint was written yet"
-        sys.exit(f"error: the loss is not finite at step {run.state['step']}; {last}. Try a lower --lr")
-
-
-def save(run, path):
-    """Write the checkpoint: the run's state, the network, its average and the optimizer, all tensors on the CPU."""
-    check_finite(run, path)
-    checkpoint = dict(run.state, loss_sum=float(run.state["loss_sum"]), model=to_cpu(dict(run.unet.state_dict())),
-                      ema=to_cpu(dict(run.ema.state_dict())), optimizer=to_cpu(run.optimizer.state_dict()))
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-def resume(run, path):
-    """Take up what `save` wrote; exits with one line where that run had other flags."""
-    checkpoint = load_checkpoint(path)
-    with fits(path):
-        differ = [f"--{name.replace('_', '-')} is {value}, was {checkpoint['flags'][name]}"
-                  for name, value in run.state["flags"].items() if checkpoint["flags"][name] != value]
-    if differ:
-        sys.exit(f"error: --resume: {path} was trained with other flags: {'; '.join(differ)}")
-    with fits(path):
-        run.unet.load_state_dict(checkpoint["model"])
-        run.ema.load_state_dict(checkpoint["ema"])
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
-        run.state = {name: checkpoint[name] for name in run.state}
-
-
-def read_log(path, epochs):
-    """The rows of log.csv up to the checkpoint's epoch, so that after a resume each epoch stands there once."""
-    if not path.is_file():
-        return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["epoch"]) <= epochs]
-
-
-def write_log(path, rows):
-    """Write log.csv, a row an epoch."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, LOG_COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def draw_loss_curve(path, rows):
-    """Write loss.png: training loss, held-out losses and the learning rate. Skipped where matplotlib is missing."""
+@contextmanager
+def by_product(path):
+    """What fails in here costs a warning in one line, not the run: a file open elsewhere, a broken matplotlib."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    epochs = [int(row["epoch"]) for row in rows]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+        yield
+    except Exception as error:
+        tqdm.write(f"warning: {path} was not written: {first_line(error)}")
+
+
+def loss_curve(rows):
+    """The bytes of loss.png: training loss, held-out losses and the learning rate."""
+    from matplotlib.figure import Figure
+    figure, file = Figure(figsize=(7, 4), layout="constrained"), io.BytesIO()
+    axes, epochs = figure.subplots(), [row["epoch"] for row in rows]
     for name in ("train_loss", "val_loss", "val_loss_shuffled", "val_loss_empty"):
         axes.plot(epochs, [float(row[name]) for row in rows], label=name.replace("_", " "))
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
@@ -448,143 +416,169 @@ def draw_loss_curve(path, rows):
     right = axes.twinx()
     right.plot(epochs, [float(row["lr"]) for row in rows], color="lightgrey")
     right.set_ylabel("learning rate (grey)")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
 
 
-def draw_samples(run, path):
-    """Write a sheet with a labelled row for each prompt; the noise is the same in every row and every epoch."""
-    prompts, (states, mask) = run.args.prompts, run.prompts_text
-    of_row = torch.arange(len(prompts)).repeat_interleave(SAMPLES)                       # (prompts * SAMPLES,)
-    seeds = [(run.args.seed, i) for _ in prompts for i in range(SAMPLES)]
-    with run.amp:
-        pictures = draw(run.ema, run.scheduler, (states[of_row], mask[of_row]), (states[-1:], mask[-1:]), seeds)
-    save_picture(contact_sheet(list(zip(prompts, pictures.split(SAMPLES)))), path)
-
-
-def torchrun():
-    """This process's number and how many there are: (0, 1) unless torchrun started several."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def prepare_data(args):
-    """Arguments -> Pictures, and the states of the prompts and of the empty caption, last. CLIP is then let go."""
-    use_cache_if_unreachable(args.text_encoder, args.dataset)
-    encoder = load_encoder(args.text_encoder)
-    dataset = read_dataset(args)
-    try:
-        pictures = Pictures(dataset, args.image_size, encoder, args.text_encoder)
-    except ValueError as error:
-        sys.exit(f"error: --dataset {args.dataset}: {first_line(error)}")
-    if len(pictures.rows) < args.batch_size + 1:
-        sys.exit(f"error: --batch-size {args.batch_size}: {args.dataset} has only {len(pictures.rows)} pictures")
-    return pictures, encoder([*args.prompts, ""])
-
-
-def start(args, device, pictures, prompts_text):
-    """Arguments and data -> Run, at its first step."""
-    torch.manual_seed(args.seed)                                          # the weights' first values
-    config = UNetConfig(image_size=args.image_size, channels=args.channels, context_dim=pictures.dim)
-    unet = UNet(config)
-    unet.text_mean, unet.text_std = pictures.text_statistics()
-    unet.to(device)
-    rank, processes = torchrun()
-    model = DistributedDataParallel(unet) if processes > 1 else unet
-    ema = deepcopy(unet).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, fused=True)
-    scheduler = NoiseScheduler().to(device)
-    state = dict(format=FORMAT, config=asdict(config), num_timesteps=scheduler.num_timesteps, step=0, epoch=0,
-                 loss_sum=0.0, seconds=0.0, flags={name: getattr(args, name) for name in MUST_MATCH})
-    return Run(args, pictures, prompts_text, scheduler, unet, model, ema, optimizer, autocast(device, args.precision),
-               state, rank, processes)
-
-
-def train_epoch(run, training, steps, bar, wish):
-    """The steps of an epoch that are still to be done; returns early, after a whole step, where a stop is wished."""
-    state, size = run.state, run.args.batch_size
-    per_epoch = len(training) // size                                     # what is left over waits for a later epoch
-    order = torch.randperm(len(training), generator=generator_for(run.args.seed, 2, state["epoch"])).tolist()
-    for i in range(state["step"] - state["epoch"] * per_epoch, per_epoch):
-        started, lr = time.perf_counter(), learning_rate(state["step"], steps, run.args.lr)
-        loss = train_step(run, [training[j] for j in order[i * size:(i + 1) * size]], lr)
-        state["loss_sum"] += loss
-        if state["step"] % READ_EVERY == 0 or i == per_epoch - 1:
-            check_finite(run, run.args.output_dir / "checkpoint.pt")
-            bar.set_postfix(epoch=state["epoch"] + 1, loss=f"{loss.item():.4f}", lr=f"{lr:.1e}", refresh=False)
-        state["seconds"] += time.perf_counter() - started
-        bar.update(size)
-        if wish.granted(run):
-            return
-
-
-def finish_epoch(run, validation, steps_per_epoch, lr, rows):
-    """Validate, and close the epoch with a row for log.csv."""
-    state = run.state
-    with run.amp:
-        val_loss, shuffled, empty = validate(run.ema, run.scheduler, run.pictures, validation, run.args.batch_size,
-                                             run.args.seed)
-    state["epoch"] += 1
-    rows.append(dict(epoch=state["epoch"], step=state["step"], lr=f"{lr:.3e}", seconds=f"{state['seconds']:.1f}",
-                     train_loss=f"{float(state['loss_sum']) / steps_per_epoch:.5f}", val_loss=f"{val_loss:.5f}",
-                     val_loss_shuffled=f"{shuffled:.5f}", val_loss_empty=f"{empty:.5f}"))
-    state["loss_sum"] = 0.0
-
-
-def write_epoch(run, out, rows):
-    """Write what belongs to the epoch that has just ended: the log, and now and then samples and a checkpoint."""
-    write_log(out / "log.csv", rows)
-    epoch, last = run.state["epoch"], run.state["epoch"] == run.args.epochs
-    if epoch % run.args.sample_every == 0 or last:
-        draw_samples(run, out / "samples" / f"epoch_{epoch:04d}.png")
-        draw_loss_curve(out / "loss.png", rows)
-    if epoch % run.args.save_every == 0 or last:
-        save(run, out / "checkpoint.pt")
-
+# ---------------------------------------------------------------------------------------------- main
 
 def main(argv=None):
     args = parse_args(argv)
-    device = pick_device(args.device)
-    out, checkpoint = args.output_dir, args.output_dir / "checkpoint.pt"
-    if checkpoint.exists() and not args.resume:
-        sys.exit(f"error: {checkpoint} is there already: go on from it with --resume, or give another --output-dir")
-    check_writable("--output-dir", out)
-    rank, processes = torchrun()
+    device, amp = pick_device(args.device), autocast(pick_device(args.device), args.precision)
+    out, path = args.output_dir, args.output_dir / "checkpoint.pt"
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+    if path.exists() != args.resume:
+        raise UserError(f"{path} is there already: go on from it with --resume, or give another --output-dir"
+                        if path.exists() else f"--resume: there is no {path}")
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--output-dir {out}: {there} is no folder that can be written to")
     if args.batch_size % processes:
-        sys.exit(f"error: --batch-size {args.batch_size} can't be shared by {processes} processes")
+        raise UserError(f"--batch-size {args.batch_size} can't be shared by {processes} processes")
     if processes > 1:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    pictures, prompts_text = prepare_data(args)
-    run = start(args, device, pictures, prompts_text)
-    if args.resume:
-        resume(run, checkpoint)
-    training, validation = split(len(pictures.rows), args.seed)
-    steps_per_epoch = len(training) // args.batch_size
-    steps = args.epochs * steps_per_epoch
-    rows = read_log(out / "log.csv", run.state["epoch"])
-    if rank == 0:
-        print(f"{len(training)} pictures to train on, {len(validation)} held out; "
-              f"{sum(p.numel() for p in run.unet.parameters()) / 1e6:.1f} M parameters on {device}; writing to {out}")
 
-    wish = StopWish()
-    done = run.state["step"] * args.batch_size
-    with tqdm(total=steps * args.batch_size, initial=done, unit=" pictures", disable=rank > 0) as bar:
-        while run.state["epoch"] < args.epochs:
-            train_epoch(run, training, steps, bar, wish)
-            if wish.signal:
-                break
-            lr = learning_rate(run.state["step"] - 1, steps, args.lr)
-            finish_epoch(run, validation[:VALIDATION_MOST], steps_per_epoch, lr, rows)
+    # Data: pictures and captions, once; then CLIP is let go
+    checkpoint = load_checkpoint(path) if args.resume else None
+    ask_hub(args.text_encoder, args.dataset)
+    encoder = TextEncoder(args.text_encoder)
+    pictures = Pictures(read_rows(args), args.image_size, encoder)
+    prompt_states, prompt_mask = encoder([*args.prompts, ""])
+    del encoder
+    training, held_out = pictures.split(args.seed)
+    steps_per_epoch = len(training) // args.batch_size            # what is left over waits for a later epoch
+    if not steps_per_epoch:
+        raise UserError(f"--batch-size {args.batch_size}: {args.dataset} has only {len(training)} pictures to train on")
+
+    # Network, its average, optimizer
+    torch.manual_seed(args.seed)                                  # the weights' first values
+    unet = UNet(UNetConfig(args.image_size, args.channels, pictures.states.shape[-1]))
+    tokens = pictures.states[training][pictures.mask[training]]   # (tokens, D)
+    unet.text_mean, unet.text_std = tokens.mean(dim=0), tokens.std(dim=0).clamp(min=0.01)
+    unet.to(device)
+    ema = deepcopy(unet).eval().requires_grad_(False)             # what validation and samples show
+    model = DistributedDataParallel(unet) if processes > 1 else unet
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    scheduler = NoiseScheduler().to(device)
+
+    # Where the run stands
+    flags = {name: getattr(args, name) for name in (*MUST_MATCH, "text_encoder")}
+    state = dict(step=0, epoch=0, loss_sum=0.0, seconds=0.0, log=[])
+    if checkpoint:
+        with checkpoint_errors(path):
+            differ = [f"--{name.replace('_', '-')} is {flags[name]}, was {checkpoint['flags'][name]}"
+                      for name in MUST_MATCH if checkpoint["flags"][name] != flags[name]]
+            if checkpoint["fingerprint"] != pictures.fingerprint:
+                differ.append("the pictures or captions are not those of the run: they were changed")
+            elif not torch.allclose(checkpoint["model"]["text_mean"], unet.text_mean.cpu(), atol=1e-2):
+                differ.append("--text-encoder is another one")
+            if differ:
+                raise UserError(f"--resume: {path} was trained otherwise: {'; '.join(differ)}")
+            unet.load_state_dict(checkpoint["model"])
+            ema.load_state_dict(checkpoint["ema"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            state = {name: checkpoint[name] for name in state}
+
+    def check_finite():
+        """Raise UserError if the epoch's losses so far are not finite, before anything is saved."""
+        if not math.isfinite(state["loss_sum"]):
+            good = f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint was written yet"
+            raise UserError(f"the loss is not finite at step {state['step']}; {good}. Try a lower --lr")
+
+    def save():
+        """Write the checkpoint."""
+        check_finite()
+        if rank == 0:
+            file = io.BytesIO()
+            torch.save(to_cpu(dict(state, loss_sum=float(state["loss_sum"]), format=FORMAT, config=asdict(unet.config),
+                                   num_timesteps=scheduler.num_timesteps, flags=flags, dataset=args.dataset,
+                                   fingerprint=pictures.fingerprint, model=dict(unet.state_dict()),
+                                   ema=dict(ema.state_dict()), optimizer=optimizer.state_dict())), file)
+            write_atomically(path, file.getvalue())
+
+    steps = args.epochs * steps_per_epoch
+    if rank == 0:
+        print(f"{len(training)} pictures to train on, {len(held_out)} held out; "
+              f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters on {device}; writing to {out}")
+        if args.resume:
+            print(f"going on after step {state['step']} of {steps}; log.csv is written anew from the checkpoint")
+    stopped = 0
+    with StopRequest() as stop, tqdm(total=steps, initial=state["step"], unit=" steps", disable=rank > 0) as bar:
+        while state["epoch"] < args.epochs and not (stopped := stop.agreed(device, processes)):
+            order = torch.randperm(len(training), generator=generator_for(args.seed, "order", state["epoch"])).tolist()
+            while state["step"] < (state["epoch"] + 1) * steps_per_epoch:
+                started, step = time.perf_counter(), state["step"]
+                first = step % steps_per_epoch * args.batch_size
+                indices = [training[i] for i in order[first:first + args.batch_size]]
+                lr = learning_rate(step, steps, args.lr)
+
+                # DDPM Algorithm 1. Each of several processes draws the same batch, and learns from its share of it.
+                batch = training_batch(pictures, indices, scheduler, generator_for(args.seed, "step", step))
+                share = [part[rank::processes].to(device) for part in batch]
+                with amp:
+                    loss = diffusion_loss(model, scheduler, *share).mean()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), CLIP_NORM)
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad()
+                update_ema(ema, unet, step)
+
+                loss = (loss.detach() + 0 * norm) / processes     # 0 * inf is not a number: one check finds either
+                if processes > 1:
+                    distributed.all_reduce(loss)
+                state["loss_sum"] += loss
+                state["step"] += 1
+                if step % READ_EVERY == 0:
+                    check_finite()
+                    bar.set_postfix(epoch=state["epoch"] + 1, loss=f"{loss.item():.4f}", lr=f"{lr:.1e}", refresh=False)
+                state["seconds"] += time.perf_counter() - started
+                bar.update()
+                if stopped := stop.agreed(device, processes):
+                    break
+            if state["step"] < (state["epoch"] + 1) * steps_per_epoch:
+                break                                             # stopped in the middle of the epoch
+
+            # The epoch's end: validation, a row for log.csv, and now and then a checkpoint and pictures
+            check_finite()
+            with amp:
+                right, shuffled, empty = validate(ema, scheduler, pictures, held_out[:MAX_VALIDATION], args.batch_size,
+                                                  args.seed)
+            state["epoch"] += 1
+            state["log"].append(dict(
+                epoch=state["epoch"], step=state["step"], lr=f"{lr:.3e}", seconds=f"{state['seconds']:.1f}",
+                train_loss=f"{float(state['loss_sum']) / steps_per_epoch:.5f}", val_loss=f"{right:.5f}",
+                val_loss_shuffled=f"{shuffled:.5f}", val_loss_empty=f"{empty:.5f}"))
+            state["loss_sum"] = 0.0
+            last = state["epoch"] == args.epochs
+            if state["epoch"] % args.save_every == 0 or last:
+                save()
             if rank == 0:
-                write_epoch(run, out, rows)
-    if rank == 0 and wish.signal:
-        save(run, checkpoint)
-        print(f"stopped after step {run.state['step']}; the same command with --resume goes on from {checkpoint}")
+                with by_product(out / "log.csv"):
+                    lines = [LOG_COLUMNS, *([row[name] for name in LOG_COLUMNS] for row in state["log"])]
+                    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+                    write_atomically(out / "log.csv", text.encode())
+            if rank == 0 and (state["epoch"] % args.sample_every == 0 or last):
+                sheet = out / "samples" / f"epoch_{state['epoch']:04d}.png"
+                rows = torch.arange(len(args.prompts)).repeat_interleave(SAMPLES)      # the same noise in every row
+                seeds = [(args.seed, i) for _ in args.prompts for i in range(SAMPLES)]  # and every epoch
+                drawn = draw(ema, scheduler, (prompt_states[rows], prompt_mask[rows]),
+                             (prompt_states[-1:], prompt_mask[-1:]), seeds)
+                with by_product(sheet):
+                    sheet_rows = list(zip(args.prompts, drawn.split(SAMPLES)))
+                    write_atomically(sheet, encoded(contact_sheet(sheet_rows), ".png"))
+                with by_product(out / "loss.png"):
+                    write_atomically(out / "loss.png", loss_curve(state["log"]))
+        if stopped:
+            save()
     if processes > 1:
         distributed.destroy_process_group()
-    if wish.signal:
-        sys.exit(128 + wish.signal)
     if rank == 0:
-        print(f"done: {checkpoint}")
+        print(f"stopped after step {state['step']}; the same command with --resume goes on from {path}" if stopped else
+              f"done: {path}")
+    if stopped:
+        sys.exit(128 + stopped)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -48,7 +48,7 @@ def encoder():
 def unet():
     """A small UNet, untrained."""
     torch.manual_seed(0)
-    return UNet(UNetConfig(image_size=32, channels=32, head_dim=16, context_dim=24)).eval()
+    return UNet(UNetConfig(image_size=32, channels=32, context_dim=24)).eval()
 
 
 @pytest.fixture(scope="session")
@@ -65,11 +65,16 @@ def folder(tmp_path_factory):
     return path
 
 
+def small_flags(folder, path):
+    """Flags of a training run that takes seconds and writes to `path`/run."""
+    return ["--dataset", folder, "--text-encoder", TINY_CLIP, "--image-size", 16, "--channels", 32, "--batch-size", 4,
+            "--prompts", "a red creature", "--output-dir", path / "run", "--device", "cpu"]
+
+
 @pytest.fixture
 def small(folder, tmp_path):
-    """Flags of a training run that takes seconds."""
-    return ["--dataset", folder, "--text-encoder", TINY_CLIP, "--image-size", 16, "--channels", 32, "--batch-size", 4,
-            "--prompts", "a red creature", "--output-dir", tmp_path / "run", "--device", "cpu"]
+    """The same for a test's own folder."""
+    return small_flags(folder, tmp_path)
 
 
 @pytest.fixture(scope="session")

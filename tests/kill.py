@@ -19,13 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def look(out):
-    """The checkpoint's epoch, or 0 where none was written yet; raises if it or log.csv is damaged."""
+    """The checkpoint's epoch, or 0 if none was written yet; raises if it or log.csv is damaged or lacks an epoch.
+
+    The checkpoint holds its log, and log.csv is written after it: a kill between the two leaves it one row behind.
+    """
     if not (out / "checkpoint.pt").exists():
         return 0
-    epoch = torch.load(out / "checkpoint.pt", weights_only=True)["epoch"]
-    with open(out / "log.csv", newline="") as file:
-        epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
-    assert epochs == list(range(1, len(epochs) + 1)) and len(epochs) >= epoch, (epoch, epochs)
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    epoch, logged = checkpoint["epoch"], [row["epoch"] for row in checkpoint["log"]]
+    assert logged == list(range(1, epoch + 1)), (epoch, logged)
+    rows = []
+    if (out / "log.csv").exists():
+        with open(out / "log.csv", newline="") as file:
+            rows = [int(row["epoch"]) for row in csv.DictReader(file)]
+    assert rows == list(range(1, len(rows) + 1)) and len(rows) in (epoch - 1, epoch), (epoch, rows)
     return epoch
 
 

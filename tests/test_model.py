@@ -1,11 +1,14 @@
 """model.py: the network, the text encoder, the schedule and the sampler, against independent sources."""
+import io
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Attention, UNet, UNetConfig, generator_for, to_uint8
+import model
+from model import HEAD_DIM, Attention, UNet, UNetConfig, UserError, generator_for, to_uint8
 
 
 def inputs(B=2, L=5, size=32, dim=24, seed=0):
@@ -24,12 +27,12 @@ def test_the_same_input_gives_the_same_output(unet):
 @torch.no_grad()
 def test_the_caption_and_the_time_change_the_output_and_padding_never_does(unet):
     x, t, context, mask = inputs()
-    v = unet(x, t, context, mask)
-    assert (unet(x, t, context + 0.5 * torch.randn_like(context), mask) - v).abs().max() > 1e-3
-    assert (unet(x, (t + 300) % 1000, context, mask) - v).abs().max() > 1e-3
+    x_0 = unet(x, t, context, mask)
+    assert (unet(x, t, context + 0.5 * torch.randn_like(context), mask) - x_0).abs().max() > 1e-3
+    assert (unet(x, (t + 300) % 1000, context, mask) - x_0).abs().max() > 1e-3
     padding = 100 * torch.randn(2, 9, 24)
     padded = unet(x, t, torch.cat([context, padding], 1), torch.cat([mask, torch.zeros(2, 9, dtype=torch.bool)], 1))
-    assert (padded - v).abs().max() < 1e-5
+    assert (padded - x_0).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -57,9 +60,11 @@ def test_the_scale_of_the_features_does_not_multiply_from_level_to_level():
     seen = []
     unet.norm_out.register_forward_hook(lambda module, args, out: seen.append(args[0].std().item()))
     unet(*inputs())
-    for name, module in unet.named_modules():
-        if name.endswith(("skip", "downsample", "upsample")) and isinstance(module, torch.nn.Conv2d):
-            module.weight *= 10
+    between = [module for name, module in unet.named_modules() if isinstance(module, torch.nn.Conv2d)
+               and (name.endswith("skip") or name.startswith(("downsample", "upsample")))]
+    assert len(between) == 9
+    for module in between:
+        module.weight *= 10
     unet(*inputs())
     assert seen[1] < 11 * seen[0]
 
@@ -78,12 +83,37 @@ def test_a_size_that_does_not_divide_is_named(unet):
         unet(torch.randn(1, 3, 32, 36), *[part[:1] for part in inputs()[1:]])
 
 
+@torch.no_grad()
+def test_in_half_precision_the_picture_is_still_float32_and_nearly_the_same(unet):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = unet(*inputs())
+    expected = unet(*inputs())
+    assert found.dtype == torch.float32 and (found - expected).norm() < 0.05 * expected.norm()
+    assert not torch.equal(found, expected)
+
+
 def test_the_default_network_costs_a_quarter_of_the_code_it_started_from():
     from torch.utils.flop_counter import FlopCounterMode
     unet = UNet(UNetConfig())
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         unet(*inputs(B=1, L=20, size=64, dim=512))
     assert flops.get_total_flops() / 2e9 < 15.5 / 4  # GMAC of one forward pass
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_attention_is_that_of_torch(cross):
+    """Softmax and weights against torch's own function, in float64; padded tokens do not count."""
+    torch.manual_seed(0)
+    dim = 2 * HEAD_DIM
+    attention = Attention(dim, 16 if cross else dim).double()
+    x = torch.randn(3, 5, dim).double()
+    context = torch.randn(3, 7, 16).double() if cross else x
+    mask = torch.arange(7) < torch.tensor([7, 1, 4])[:, None] if cross else None
+    q, k, v = (part.unflatten(-1, (2, HEAD_DIM)).transpose(1, 2)
+               for part in (attention.to_q(x), attention.to_k(context), attention.to_v(context)))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :] if cross else None)
+    found = attention(x, context, mask) if cross else attention(x)
+    assert torch.allclose(found, attention.to_out(out.transpose(1, 2).flatten(2)), atol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------- TextEncoder
@@ -119,8 +149,8 @@ EXPECTED = {0: [0.9999587, 0.0, 1.0, 0.0],
 
 @pytest.mark.parametrize("t", EXPECTED)
 def test_the_schedule_has_the_expected_numbers(scheduler, t):
-    weight_of_x0, std = scheduler.posterior(1.0, 0.0, t, t - 1)
-    weight_of_xt, _ = scheduler.posterior(0.0, 1.0, t, t - 1)
+    weight_of_x0, weight_of_xt, std = (scheduler.step(*parts, t, t - 1, z)
+                                       for *parts, z in [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
     found = [scheduler.alpha_bars[t], std ** 2, weight_of_x0, weight_of_xt]
     assert found == pytest.approx(EXPECTED[t], abs=1e-6)
 
@@ -134,24 +164,22 @@ def test_the_schedule_is_the_papers_closed_form(scheduler):
     assert 1 - scheduler.alpha_bars[999] / scheduler.alpha_bars[998] >= 0.998
 
 
-def noise_between(scheduler, x_0, x_t, t):
-    """DDPM Eq. 4, solved for the noise."""
-    signal, noise = (table[t][:, None, None, None] for table in (scheduler.signal, scheduler.noise))
-    return (x_t - signal * x_0) / noise
+def test_noise_is_added_as_diffusers_does(scheduler):
+    theirs = diffusers_scheduler("DDPMScheduler", 1000)
+    x_0, noise, t = torch.rand(50, 3, 8, 8) * 2 - 1, torch.randn(50, 3, 8, 8), torch.arange(50) * 19
+    expected = theirs.add_noise(x_0.double(), noise.double(), t)
+    assert (scheduler.add_noise(x_0, noise, t) - expected).abs().max() < 1e-5
 
 
-def test_noise_velocity_and_picture_follow_from_each_other(scheduler):
-    x_0, noise, t = torch.randn(50, 3, 8, 8), torch.randn(50, 3, 8, 8), torch.arange(50) * 19
-    x_t, v = scheduler.add_noise(x_0, noise, t), scheduler.velocity(x_0, noise, t)
-    assert torch.allclose(scheduler.predict_x0(v, x_t, t), x_0, atol=1e-5)
-    assert torch.allclose(noise_between(scheduler, x_0, x_t, t), noise, atol=1e-3)
-    assert x_t.var().item() == pytest.approx(1, abs=0.05)
+def test_a_noisy_picture_has_the_variance_of_the_clean_one_and_of_the_noise(scheduler):
+    x_0, noise = torch.randn(50, 3, 8, 8), torch.randn(50, 3, 8, 8)
+    assert scheduler.add_noise(x_0, noise, torch.arange(50) * 19).var().item() == pytest.approx(1, abs=0.05)
 
 
 def diffusers_scheduler(name, steps):
     """diffusers' scheduler of that name, its tables in float64: in float32, 1 - alpha_bar loses digits near 0."""
     diffusers = pytest.importorskip("diffusers")
-    common = dict(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", clip_sample=True,
+    common = dict(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=True,
                   timestep_spacing="trailing")
     theirs = getattr(diffusers, name)(**common)
     theirs.betas = theirs.betas.double()
@@ -162,34 +190,28 @@ def diffusers_scheduler(name, steps):
     return theirs
 
 
+def answer_and_picture():
+    """What a network might say, beyond [-1, 1] here and there, an x_t and fresh noise, in float64: (1, 3, 8, 8) each."""
+    return torch.randn(3, 1, 3, 8, 8, dtype=torch.float64, generator=generator_for("answer")).unbind()
+
+
 @pytest.mark.parametrize("t", [999, 998, 700, 300, 50, 1, 0])
 def test_a_ddpm_step_is_that_of_diffusers(scheduler, t):
     theirs = diffusers_scheduler("DDPMScheduler", 1000)
-    v, x_t = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
-    z = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(3))
-    mean = theirs.step(v.double(), t, x_t.double(), generator=torch.Generator().manual_seed(0)).prev_sample
-    if t > 0:  # swap the noise it drew in float64 for z
-        z_theirs = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        mean = mean + theirs._get_variance(t).sqrt() * (z - z_theirs)
-    expected = mean
-    now = torch.tensor([t])
-    x_0 = scheduler.predict_x0(v, x_t, now).clamp(-1, 1)
-    found = scheduler.step(x_0, x_t, t, t - 1, [torch.Generator().manual_seed(3)])
-    assert (found - expected).abs().max() < 1e-5
+    x_0, x_t, _ = answer_and_picture()
+    expected = theirs.step(x_0, t, x_t, generator=torch.Generator().manual_seed(0)).prev_sample
+    z = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert (scheduler.step(x_0.clamp(-1, 1), x_t, t, t - 1, z) - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50])
 def test_a_step_over_several_times_is_that_of_diffusers(scheduler, steps):
     """Its DDIM with eta 1, which draws as much fresh noise as DDPM does."""
     theirs = diffusers_scheduler("DDIMScheduler", steps)
+    x_0, x_t, z = answer_and_picture()
     for t in theirs.timesteps.tolist():
-        v, x_t = torch.randn(1, 3, 8, 8), torch.randn(1, 3, 8, 8)
-        z = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(3))
-        expected = theirs.step(v.double(), t, x_t.double(), eta=1.0, use_clipped_model_output=True,
-                               variance_noise=z[None].double()).prev_sample
-        now = torch.tensor([t])
-        x_0 = scheduler.predict_x0(v, x_t, now).clamp(-1, 1)
-        found = scheduler.step(x_0, x_t, t, t - 1000 // steps, [torch.Generator().manual_seed(3)])
+        expected = theirs.step(x_0, t, x_t, eta=1.0, use_clipped_model_output=True, variance_noise=z).prev_sample
+        found = scheduler.step(x_0.clamp(-1, 1), x_t, t, t - 1000 // steps, z)
         assert (found - expected).abs().max() < 1e-5
 
 
@@ -204,16 +226,17 @@ def test_the_times_run_from_pure_noise_towards_zero(scheduler):
         assert times == sorted(set(times), reverse=True)
 
 
-def draw(scheduler, network, B=2, L=3, size=32, dim=24, **options):
+def draw(scheduler, network, B=2, L=3, size=32, dim=24, steps=10, guidance_scale=2, on_step=None):
     text = torch.randn(B, L, dim, generator=generator_for(1)), torch.ones(B, L, dtype=torch.bool)
     empty = torch.zeros(B, L, dim), torch.tensor([[True] + [False] * (L - 1)] * B)
     noise = torch.randn(B, 3, size, size, generator=generator_for(2))
-    return scheduler.sample(network, noise, text, empty, generators=[generator_for(3, i) for i in range(B)], **options)
+    return scheduler.sample(network, noise, text, empty, [generator_for(3, i) for i in range(B)], steps,
+                            guidance_scale, on_step)
 
 
 def wavy(x, t, context, mask):
-    """A network of no use, but smooth, and different at every time."""
-    return 0.5 * torch.sin(2 * x + t[:, None, None, None] / 200)
+    """A network of no use, but smooth, different at every time, and beyond [-1, 1] here and there."""
+    return 1.2 * torch.sin(2 * x + t[:, None, None, None] / 200)
 
 
 @pytest.mark.parametrize("steps", [2, 10, 50])
@@ -221,10 +244,10 @@ def test_fewer_steps_are_those_of_diffusers_second_order_solver(scheduler, steps
     """The whole way, from noise to picture, beside its SDE-DPM-Solver++(2M)."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DPMSolverMultistepScheduler(
-        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", algorithm_type="sde-dpmsolver++",
+        beta_schedule="squaredcos_cap_v2", prediction_type="sample", algorithm_type="sde-dpmsolver++",
         thresholding=True, sample_max_value=1.0)      # a threshold that is at least and at most 1: clipping to [-1, 1]
-    theirs.alphas_cumprod = torch.tensor(scheduler.alpha_bars, dtype=torch.float64)  # 1 - alpha_bar needs the digits
-    theirs.set_timesteps(timesteps=scheduler.timesteps(steps))
+    theirs.alphas_cumprod = torch.tensor(scheduler.alpha_bars[:-1], dtype=torch.float64)
+    theirs.set_timesteps(timesteps=scheduler.timesteps(steps))               # float64: 1 - alpha_bar needs the digits
     x, generator = torch.randn(1, 3, 32, 32, generator=generator_for(2)), generator_for(3, 0)
     for t in theirs.timesteps:
         z = torch.randn(1, 3, 32, 32, generator=generator)
@@ -237,10 +260,9 @@ def test_guidance_scale_1_and_all_steps_are_plain_ddpm_bit_for_bit(scheduler):
     plain = draw(scheduler, wavy, steps=1000, guidance_scale=1)
     x = torch.randn(2, 3, 32, 32, generator=generator_for(2))
     generators = [generator_for(3, i) for i in range(2)]
-    for now in range(999, -1, -1):  # DDPM Algorithm 2
-        t = torch.full((2,), now)
-        x_0 = scheduler.predict_x0(wavy(x, t, None, None), x, t).clamp(-1, 1)
-        x = scheduler.step(x_0, x, now, now - 1, generators)
+    for t in range(999, -1, -1):  # DDPM Algorithm 2
+        z = torch.stack([torch.randn(3, 32, 32, generator=g) for g in generators])
+        x = scheduler.step(wavy(x, torch.full((2,), t), None, None).clamp(-1, 1), x, t, t - 1, z)
     assert torch.equal(plain, x)
 
 
@@ -262,11 +284,23 @@ def test_guidance_steps_from_no_caption_towards_the_caption_in_one_pass(schedule
     def network(x, t, context, mask):  # answers 0.1 with a caption and 0.02 without: so small that nothing is clipped
         batches.append(len(x))
         return torch.where(mask.all(1), 0.1, 0.02)[:, None, None, None].expand_as(x)
-    found = draw(scheduler, network, steps=1, guidance_scale=3.0)
-    t = torch.tensor([999])
-    x_T = torch.randn(2, 3, 32, 32, generator=generator_for(2))
-    expected = scheduler.predict_x0(torch.tensor(0.02 + 3 * (0.1 - 0.02)), x_T, t)  # CFG Eq. 6
-    assert batches == [4] and torch.allclose(found, expected) and found.abs().max() < 0.5
+    found = draw(scheduler, network, steps=3, guidance_scale=3.0)
+    assert batches == [4, 4, 4]
+    assert torch.allclose(found, torch.tensor(0.02 + 3 * (0.1 - 0.02)))  # CFG Eq. 6
+
+
+def test_every_step_of_a_guided_picture_is_guided(scheduler):
+    seen = []
+
+    def network(x, t, context, mask):
+        return wavy(x, t, None, None) * torch.where(mask.all(1), 0.3, 0.2)[:, None, None, None]
+
+    def guided(x, t, context, mask):
+        return wavy(x, t, None, None) * 0.45
+    found = draw(scheduler, network, steps=5, guidance_scale=2.5, on_step=seen.append)
+    expected = draw(scheduler, guided, steps=5, guidance_scale=1)
+    assert (found - expected).abs().max() < 1e-5
+    assert len(seen) == 5 and all(x_t.shape == found.shape for x_t in seen) and torch.equal(seen[-1], found)
 
 
 @pytest.mark.parametrize("steps", [10, 1000])
@@ -274,7 +308,7 @@ def test_a_network_that_knows_the_picture_brings_it_back(scheduler, steps):
     picture = torch.rand(1, 3, 32, 32) * 2 - 1
 
     def network(x, t, context, mask):
-        return scheduler.velocity(picture, noise_between(scheduler, picture, x, t), t)
+        return picture.expand_as(x)
     assert torch.allclose(draw(scheduler, network, steps=steps), picture.expand(2, -1, -1, -1), atol=1e-3)
 
 
@@ -287,9 +321,8 @@ def test_the_sampler_reaches_the_distribution_it_should(scheduler, std, steps):
     mean = 0.3
 
     def network(x, t, context, mask):
-        signal, noise = (table[t][:, None, None, None] for table in (scheduler.signal, scheduler.noise))
-        x_0 = mean + signal * std ** 2 / (signal ** 2 * std ** 2 + noise ** 2) * (x - signal * mean)
-        return (signal * x - x_0) / noise
+        signal, noise = scheduler.signal[t], scheduler.noise[t]
+        return mean + signal * std ** 2 / (signal ** 2 * std ** 2 + noise ** 2) * (x - signal * mean)
     found = draw(scheduler, network, B=8, steps=steps, guidance_scale=1)
     assert found.mean().item() == pytest.approx(mean, abs=0.01)
     assert found.std().item() == pytest.approx(std, rel=0.03)
@@ -317,15 +350,20 @@ def test_generators_follow_from_their_key_alone():
         return torch.rand(4, generator=generator_for(*key)).tolist()
     assert draws(1, 2) == draws(1, 2)
     assert len({tuple(draws(*key)) for key in [(1,), (2,), (1, 2), (2, 1), (1, 2, 3)]}) == 5
+    assert draws(0, 2) != draws(0, 2, 0) and draws(0, "step", 1) != draws(0, "order", 1)
 
 
-def test_attention_is_that_of_torch():
-    """Softmax and weights against torch's own function, in float64; padded tokens do not count."""
-    torch.manual_seed(0)
-    attention = Attention(32, 24, 16).double()
-    x, context = torch.randn(3, 5, 32).double(), torch.randn(3, 7, 24).double()
-    mask = torch.arange(7) < torch.tensor([7, 1, 4])[:, None]
-    q, k, v = (part.unflatten(-1, (2, 16)).transpose(1, 2)
-               for part in (attention.to_q(x), attention.to_k(context), attention.to_v(context)))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
-    assert torch.allclose(attention(x, context, mask), attention.to_out(out.transpose(1, 2).flatten(2)), atol=1e-12)
+# ---------------------------------------------------------------------------------------------- how a script ends
+
+@pytest.mark.parametrize("raised, ended, said", [(UserError("--lr is too high"), SystemExit, "error: --lr is too high"),
+                                                 (RuntimeError("a bug"), RuntimeError, "a bug"),
+                                                 (SystemExit(143), SystemExit, "143")])
+def test_a_users_mistake_is_one_line_and_a_bug_shows_where_it_is(monkeypatch, raised, ended, said):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO()))
+
+    def main():
+        raise raised
+    with pytest.raises(ended) as end:
+        model.run(main)
+    assert str(end.value) == said

@@ -10,7 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from itertools import count
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -19,28 +22,86 @@ import torch
 from PIL import Image
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tqdm import tqdm
 
 import sample_diffusion
 import train_diffusion as train
-from conftest import ROOT, TINY_CLIP, run, says_one_line
-from model import UNet, UNetConfig, generator_for
-
-
-NEVER = argparse.Namespace(granted=lambda run: 0)  # a StopWish that leaves Ctrl-C to pytest
+from conftest import ROOT, TINY_CLIP, run, says_one_line, small_flags
+from model import UNet, UNetConfig, UserError, generator_for
 
 
 def args_for(path, **more):
-    return argparse.Namespace(**dict(dataset=str(path), image_column="image", caption_column=None), **more)
+    return argparse.Namespace(**dict(dataset=str(path), image_column="image", caption_column=None,
+                                     output_dir=Path("nowhere")), **more)
 
 
 def load(path, encoder, size=16):
-    return train.Pictures(train.read_dataset(args_for(path)), size, encoder, TINY_CLIP)
+    return train.Pictures(train.read_rows(args_for(path)), size, encoder)
+
+
+@pytest.fixture(scope="module")
+def pictures(folder, encoder):
+    return load(folder, encoder)
+
+
+def numbers(tree):
+    """A checkpoint's nested values -> the same with every tensor as bytes, so that == compares bit for bit."""
+    if isinstance(tree, dict):
+        return {key: numbers(value) for key, value in tree.items() if key != "seconds"}  # it is never the same
+    if isinstance(tree, (list, tuple)):
+        return [numbers(value) for value in tree]
+    return tree.numpy().tobytes() if isinstance(tree, torch.Tensor) else tree
+
+
+def saved(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def logged(out):
+    with open(out / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class Enough(Exception):
+    """Ends a run in the middle of a step, when the test has seen what it wanted."""
 
 
 @pytest.fixture
-def pictures(folder, encoder):
-    return load(folder, encoder)
+def main(small, monkeypatch):
+    """main(*flags) -> train_diffusion.main in this process, small, watched, and with nothing drawn."""
+    loss = train.diffusion_loss
+    monkeypatch.setattr(train, "draw", lambda unet, scheduler, text, *_: torch.zeros(len(text[0]), 3, 16, 16,
+                                                                                     dtype=torch.uint8))
+    monkeypatch.setattr(train, "loss_curve", lambda rows: b"a picture")
+
+    def main(*flags, look=lambda step, unet, batch: None, change=lambda step, loss: loss):
+        """look: called before each training step of this run; change: gets its losses and gives others."""
+        steps = count()
+
+        def watched(unet, scheduler, *batch):
+            if not torch.is_grad_enabled():
+                return loss(unet, scheduler, *batch)  # of validation
+            step = next(steps)
+            look(step, unet, batch)
+            return change(step, loss(unet, scheduler, *batch))
+        monkeypatch.setattr(train, "diffusion_loss", watched)
+        train.main([str(flag) for flag in (*small, *flags)])
+    return main
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """What a run of one epoch, of four steps, wrote; tests copy the folder."""
+    path = tmp_path_factory.mktemp("trained")
+    train.main([str(flag) for flag in (*small_flags(folder, path), "--epochs", 1)])
+    return path / "run"
+
+
+@pytest.fixture(scope="module")
+def straight(folder, tmp_path_factory):
+    """What a run of two epochs wrote that nothing interrupted."""
+    path = tmp_path_factory.mktemp("straight")
+    train.main([str(flag) for flag in (*small_flags(folder, path), "--epochs", 2, "--sample-every", 1)])
+    return path / "run"
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -56,7 +117,7 @@ def test_three_layouts_give_the_same_pictures(folder, encoder, tmp_path):
              "zh_text": ["-"] * len(rows)}
     datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(parquet / "train-0.parquet")
     found = [load(path, encoder) for path in (folder, texts, parquet)]
-    order = [sorted(range(20), key=lambda i: pictures.rows[i]["pixels"]) for pictures in found]
+    order = [sorted(range(20), key=lambda i: pictures.pixels[i].tolist()) for pictures in found]
     first = found[0].batch(order[0])
     assert first[0].shape == (20, 3, 16, 16) and first[0].min() >= -1 and first[0].max() <= 1
     for pictures, rows in zip(found[1:], order[1:]):
@@ -66,11 +127,11 @@ def test_three_layouts_give_the_same_pictures(folder, encoder, tmp_path):
 def encoded(picture, **options):
     file = io.BytesIO()
     picture.save(file, **{"format": "PNG", **options})
-    return {"bytes": file.getvalue(), "path": "picture"}
+    return file.getvalue()
 
 
 def middle(image):
-    return train.decode(image, 16)[:, 8, 8].tolist()
+    return train.decode("picture", image, 16)[:, 8, 8].tolist()
 
 
 def test_every_kind_of_picture_comes_out_as_rgb_on_white():
@@ -110,10 +171,10 @@ def test_any_picture_that_can_be_saved_can_be_read(mode, format, width, height, 
         image = encoded(picture, format=format, exif=exif)
     except (OSError, ValueError, KeyError):
         assume(False)  # this format has no such mode
-    found = train.decode(image, size)
-    assert found.shape == (3, size, size) and found.dtype == np.uint8
+    found = train.decode("picture", image, size)
+    assert found.shape == (3, size, size) and found.dtype == torch.uint8
     if mode in ("RGB", "RGBX") and format == "PNG" and (width, height) == (size, size) and orientation in (0, 1, 9):
-        assert np.array_equal(found, noise.transpose(2, 0, 1))
+        assert np.array_equal(found.numpy(), noise.transpose(2, 0, 1))
 
 
 @given(content=st.binary(max_size=200), cut=st.integers(0, 3000), where=st.integers(0, 3000),
@@ -121,12 +182,12 @@ def test_any_picture_that_can_be_saved_can_be_read(mode, format, width, height, 
 @settings(max_examples=300, deadline=None)
 def test_a_damaged_picture_is_read_or_named(content, cut, where, format):
     """A property: with bytes overwritten and cut off, a picture is read all the same or said to be unreadable."""
-    whole = bytearray(encoded(Image.effect_noise((40, 40), 90).convert("RGB"), format=format)["bytes"])
+    whole = bytearray(encoded(Image.effect_noise((40, 40), 90).convert("RGB"), format=format))
     whole[where:where + len(content)] = content
     try:
-        assert train.decode({"bytes": bytes(whole[cut:]), "path": "a.png"}, 16).shape == (3, 16, 16)
-    except ValueError as error:
-        assert "picture a.png: can't be read" in str(error)
+        assert train.decode("a.png", bytes(whole[cut:]), 16).shape == (3, 16, 16)
+    except UserError as error:
+        assert "picture a.png can't be read" in str(error)
 
 
 def test_a_dark_16_bit_picture_stays_dark():
@@ -139,23 +200,25 @@ def test_pictures_are_turned_upright_and_cut_to_a_square():
     wide.paste("red", (0, 0, 40, 10))                 # red above
     exif = Image.Exif()
     exif[0x0112] = 3                                  # stored upside down
-    found = train.decode(encoded(wide, format="JPEG", exif=exif), 16)
+    found = train.decode("picture", encoded(wide, format="JPEG", exif=exif), 16)
     assert found.shape == (3, 16, 16)
     assert found[1, 2, 8] > 200 > 100 > found[1, 13, 8]  # so the red (little green) is below
 
 
-def test_pictures_are_decoded_and_captions_encoded_once(folder, encoder, tmp_path, monkeypatch):
-    """After loading, neither the files nor CLIP are needed; and a second load of the same data does neither."""
+def test_pictures_and_captions_stay_in_memory_and_have_a_fingerprint(folder, encoder, tmp_path):
+    """After loading, neither the files nor CLIP are needed; what is loaded is told apart by its content, not its path."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    first = load(copy, encoder)
-    decoded = []
-    monkeypatch.setattr(train, "decode", lambda *a: decoded.append(a))
-    second = load(copy, encoder)
+    first, second = load(folder, encoder), load(copy, encoder)
     shutil.rmtree(copy)
-    assert decoded == []
-    assert all(torch.equal(a, b) for a, b in zip(first.batch(range(20)), second.batch(range(20))))
-    assert first.length == encoder(first_captions(folder))[0].shape[1]  # trimmed to the longest caption, not 77
+    assert all(torch.equal(a, b) for a, b in zip(first.batch(list(range(20))), second.batch(list(range(20)))))
+    assert first.states.shape[1] == encoder(first_captions(folder))[0].shape[1]  # trimmed to the longest, not 77
+    assert first.fingerprint == second.fingerprint
+    rows = train.read_rows(args_for(folder))
+    other_caption = [*rows[:-1], (*rows[-1][:2], "another")]
+    other_picture = [*rows[:-1], (rows[-1][0], rows[0][1], rows[-1][2])]
+    for changed in (other_caption, other_picture, rows[:-1], rows[::-1]):
+        assert train.Pictures(changed, 16, encoder).fingerprint != first.fingerprint
 
 
 def first_captions(folder):
@@ -164,32 +227,38 @@ def first_captions(folder):
 
 def test_states_are_those_of_the_encoder(folder, encoder, pictures):
     captions = dict(zip([f"{i}.png" for i in range(20)], first_captions(folder)))
-    dataset = train.read_dataset(args_for(folder))
-    names = [row["image"]["path"].split("/")[-1] for row in dataset]
+    names = [Path(name).name for name, _, _ in train.read_rows(args_for(folder))]
     states, mask = encoder([captions[name] for name in names])
-    _, found, found_mask = pictures.batch(range(20))
+    _, found, found_mask = pictures.batch(list(range(20)))
     assert torch.equal(found_mask, mask)
     assert torch.allclose(found[mask], states[mask], atol=1e-4)
 
 
-def test_a_tenth_is_held_out_by_the_seed():
-    training, validation = train.split(807, seed=0)
-    assert sorted(training + validation) == list(range(807)) and len(validation) == 81
-    assert train.split(807, seed=0) == (training, validation) != train.split(807, seed=1)
+def test_a_tenth_is_held_out_by_the_seed_and_no_picture_is_on_both_sides(encoder):
+    """100 rows of 60 pictures: 40 of them are there twice, under another name, in another format and with a caption."""
+    noise = [Image.effect_noise((16, 16), 99).convert("RGB") for _ in range(60)]
+    rows = [(f"{i}", encoded(noise[i % 60], format="PNG" if i < 60 else "BMP"), f"number {i}") for i in range(100)]
+    several = train.Pictures(rows, 16, encoder)
+    training, held_out = several.split(0)
+    assert sorted(training + held_out) == list(range(100)) and 10 <= len(held_out) <= 20
+    assert not {i % 60 for i in training} & {i % 60 for i in held_out}
+    assert several.split(0) == (training, held_out) != several.split(1)
+    alone = train.Pictures(rows[:60], 16, encoder)
+    assert [len(side) for side in alone.split(0)] == [54, 6]
 
 
 # ---------------------------------------------------------------------------------------------- loss
 
 def test_a_training_batch_is_mirrored_at_most_and_loses_some_captions(pictures, scheduler):
-    x_0, states, mask = pictures.batch(range(20))
+    x_0, states, mask = pictures.batch(list(range(20)))
     mirrored = dropped = total = 0
     for step in range(50):
-        x, s, m, t, noise = train.training_batch(pictures, range(20), scheduler, generator_for(step))
+        x, s, m, t, noise = train.training_batch(pictures, list(range(20)), scheduler, generator_for(step))
         for i in range(20):
             same, flip = torch.equal(x[i], x_0[i]), torch.equal(x[i], x_0[i].flip(-1))
             assert same or flip                                     # no rotation, no colour jitter
             mirrored += flip
-            lost = torch.equal(s[i], pictures.no_text[0]) and torch.equal(m[i], pictures.no_text[1])
+            lost = torch.equal(s[i], pictures.states[-1]) and torch.equal(m[i], pictures.mask[-1])
             assert lost or torch.equal(s[i], states[i])
             dropped += lost
             total += 1
@@ -200,13 +269,26 @@ def test_a_training_batch_is_mirrored_at_most_and_loses_some_captions(pictures, 
 
 def test_a_dropped_caption_is_what_sampling_calls_no_caption(pictures, encoder):
     states, mask = encoder([""])
-    no_states, no_mask = pictures.no_text
+    no_states, no_mask = pictures.states[-1], pictures.mask[-1]
     assert torch.allclose(no_states[no_mask], states[0], atol=1e-5) and no_mask.sum() == mask.sum()
+
+
+def test_the_loss_is_the_weighted_error_of_the_clean_picture(scheduler):
+    x_0, noise, t = torch.rand(10, 3, 8, 8) * 2 - 1, torch.randn(10, 3, 8, 8), torch.arange(10) * 100 + 40
+    asked = []
+
+    def network(x_t, t, states, mask):
+        asked.append((x_t, t, states, mask))
+        return x_0 + 0.1 * torch.arange(10)[:, None, None, None]
+    found = train.diffusion_loss(network, scheduler, x_0, "states", "mask", t, noise)
+    weight = [min(train.MAX_WEIGHT, 1 / (1 - scheduler.alpha_bars[i])) for i in t.tolist()]
+    assert found.tolist() == pytest.approx([w * (0.1 * i) ** 2 for i, w in enumerate(weight)], rel=1e-4, abs=1e-9)
+    assert torch.equal(asked[0][0], scheduler.add_noise(x_0, noise, t)) and asked[0][1:] == (t, "states", "mask")
 
 
 def test_validation_repeats_exactly_and_sees_the_caption(pictures, scheduler):
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(image_size=16, channels=32, context_dim=pictures.dim)).eval()
+    unet = UNet(UNetConfig(image_size=16, channels=32, context_dim=pictures.states.shape[-1])).eval()
     first = train.validate(unet, scheduler, pictures, list(range(10)), 4, 0)
     torch.randn(7)
     assert train.validate(unet, scheduler, pictures, list(range(10)), 4, 0) == first
@@ -218,12 +300,14 @@ def test_validation_repeats_exactly_and_sees_the_caption(pictures, scheduler):
 def test_the_average_follows_a_short_run_and_is_slow_in_a_long_one():
     unet, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     torch.nn.init.constant_(ema.weight, 0), torch.nn.init.constant_(unet.weight, 1)
-    for step in range(20):
+    train.update_ema(ema, unet, 0)
+    assert ema.weight.item() == pytest.approx(0.9)       # after the first step: mostly the new weights
+    for step in range(1, 20):
         train.update_ema(ema, unet, step)
     assert ema.weight.item() > 0.99
     torch.nn.init.constant_(unet.weight, 0)
     train.update_ema(ema, unet, 1_000_000)
-    assert ema.weight.item() == pytest.approx(0.999, abs=1e-3)
+    assert ema.weight.item() == pytest.approx(train.EMA_DECAY, abs=1e-3)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
@@ -232,96 +316,252 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
     assert rates.index(max(rates)) < 100
 
 
-# ---------------------------------------------------------------------------------------------- one step
+# ---------------------------------------------------------------------------------------------- the steps of a run
 
-@pytest.fixture
-def fresh_run(pictures, tmp_path):
-    """What main() makes before its first step."""
-    args = train.parse_args(["--image-size", "16", "--channels", "32", "--batch-size", "4", "--precision", "fp32",
-                             "--output-dir", str(tmp_path / "run")])
-    return train.start(args, torch.device("cpu"), pictures, None)
-
-
-def test_the_network_sees_captions_by_what_they_differ_in(fresh_run):
+def test_the_network_sees_captions_by_what_they_differ_in(main, pictures):
     """Over the training captions, the attention sees mean 0 and deviation 1, whatever the encoder's scale."""
-    _, states, mask = fresh_run.pictures.batch(range(20))
-    seen = []
-    fresh_run.unet.middle.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
-    x, t = torch.zeros(20, 3, 16, 16), torch.zeros(20, dtype=torch.long)
-    fresh_run.unet(x, t, states, mask)
+    networks, seen = [], []
+
+    def look(step, unet, batch):
+        networks.append(unet)
+        raise Enough
+    with pytest.raises(Enough):
+        main(look=look)
+    training, _ = pictures.split(0)
+    _, states, mask = pictures.batch(training)
+    networks[0].middle.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
+    networks[0](torch.zeros(18, 3, 16, 16), torch.zeros(18, dtype=torch.long), states, mask)
+    dim = states.shape[-1]
     assert states[mask].std(dim=0).max() > 2 * states[mask].std(dim=0).min()
-    assert torch.allclose(seen[0][mask].mean(dim=0), torch.zeros(fresh_run.pictures.dim), atol=1e-4)
-    assert torch.allclose(seen[0][mask].std(dim=0), torch.ones(fresh_run.pictures.dim), atol=1e-3)
-    assert {"text_mean", "text_std"} <= set(fresh_run.ema.state_dict())      # so the sampler has them too
+    assert torch.allclose(seen[0][mask].mean(dim=0), torch.zeros(dim), atol=1e-4)
+    assert torch.allclose(seen[0][mask].std(dim=0), torch.ones(dim), atol=1e-3)
 
 
-def test_gradients_are_clipped(fresh_run):
-    weights = list(fresh_run.unet.parameters())
-    fresh_run.optimizer = torch.optim.SGD(weights)  # moves by exactly lr times the gradient
-    with torch.no_grad():
-        fresh_run.unet.conv_out.weight *= 1000      # far beyond a norm of 1 if left alone
-    before = [weight.detach().clone() for weight in weights]
-    train.train_step(fresh_run, range(4), lr=1.0)
-    moved = torch.stack([(a - b).norm() for a, b in zip(weights, before)]).norm().item()
-    assert moved == pytest.approx(1.0, rel=1e-3)
+def test_gradients_are_clipped(main, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, **_: torch.optim.SGD(weights, lr=9))  # lr * gradient
+    weights = []
+
+    def look(step, unet, batch):
+        weights.append([weight.detach().clone() for weight in unet.parameters()])
+        if step == 1:
+            raise Enough
+    with pytest.raises(Enough):
+        main("--epochs", 1, "--lr", 0.5, look=look, change=lambda step, loss: 1e6 * loss)
+    moved = torch.stack([(a - b).norm() for a, b in zip(*weights)]).norm().item()
+    assert moved == pytest.approx(train.learning_rate(0, 4, 0.5) * train.CLIP_NORM, rel=1e-3)
 
 
-def test_every_step_has_its_own_noise_and_a_repeated_step_has_the_same(fresh_run, monkeypatch):
-    drawn, loss = [], train.diffusion_loss
+def test_every_step_has_its_own_noise_and_a_repeated_run_has_the_same(main):
+    def noise(*flags):
+        drawn = []
 
-    def look(unet, scheduler, x_0, states, mask, t, noise):
-        drawn.append((t.tolist(), noise.flatten().tolist()))
-        return loss(unet, scheduler, x_0, states, mask, t, noise)
-    monkeypatch.setattr(train, "diffusion_loss", look)
-    for _ in range(2):
-        train.train_step(fresh_run, range(4), lr=1e-3)
-    fresh_run.state["step"] = 0
-    train.train_step(fresh_run, range(4), lr=1e-3)
-    assert drawn[0] == drawn[2] != drawn[1]
+        def look(step, unet, batch):
+            drawn.append((batch[-2].tolist(), batch[-1].tolist()))
+            if step == 2:
+                raise Enough
+        with pytest.raises(Enough):
+            main(*flags, look=look)
+        return drawn
+    first = noise()
+    assert first[0] != first[1] != first[2] != first[0]
+    assert noise() == first != noise("--seed", 1)
 
 
-def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(fresh_run, monkeypatch):
+def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(main, pictures):
+    def which(x_0):
+        """The number of a picture, mirrored or not."""
+        found = [i for i, one in enumerate(pictures.batch(list(range(20)))[0])
+                 if torch.equal(one, x_0) or torch.equal(one.flip(-1), x_0)]
+        assert len(found) == 1
+        return found[0]
     taken = []
-
-    def look(run, indices, lr):
-        taken.append(indices)
-        run.state["step"] += 1
-        return torch.tensor(0.0)
-    monkeypatch.setattr(train, "train_step", look)
-    for _ in range(2):
-        train.train_epoch(fresh_run, list(range(100, 118)), 8, tqdm(disable=True), NEVER)
-        fresh_run.state["epoch"] += 1
-    first, second = sum(taken[:4], []), sum(taken[4:], [])
-    assert len(set(first)) == len(set(second)) == 16 and set(first + second) <= set(range(100, 118))
+    main("--batch-size", 8, "--epochs", 2, look=lambda step, unet, batch: taken.extend(map(which, batch[0])))
+    first, second = taken[:16], taken[16:]
+    assert len(set(first)) == len(set(second)) == 16 and set(first + second) <= set(pictures.split(0)[0])
     assert first != second
 
 
-def test_the_average_is_a_copy(fresh_run):
-    train.train_step(fresh_run, range(4), lr=1e-3)
-    trained, average = fresh_run.unet.state_dict(), fresh_run.ema.state_dict()
-    assert any(not torch.equal(trained[name], average[name]) for name in trained)
+def test_the_average_is_a_copy_that_has_moved(trained):
+    checkpoint = saved(trained)
+    differ = [name for name, value in checkpoint["model"].items() if not torch.equal(value, checkpoint["ema"][name])]
+    assert set(differ) == set(checkpoint["model"]) - {"text_mean", "text_std"}
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(fresh_run, tmp_path):
-    with torch.no_grad():
-        fresh_run.unet.conv_out.bias.fill_(math.inf)
-    with pytest.raises(SystemExit, match="not finite at step .*no checkpoint was written yet.*--lr"):
-        train.train_epoch(fresh_run, list(range(18)), 100, tqdm(disable=True), NEVER)
-    with pytest.raises(SystemExit, match="not finite"):
-        train.save(fresh_run, tmp_path / "checkpoint.pt")
-    assert not list(tmp_path.glob("**/checkpoint.pt*"))
+@pytest.mark.parametrize("change", [lambda step, loss: loss * (math.inf if step == 1 else 1),
+                                    lambda step, loss: loss + ((loss * 0).sqrt() if step == 1 else 0)],
+                         ids=["loss", "gradient alone"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(main, trained, tmp_path, change):
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="not finite at step .*no checkpoint was written yet.*--lr"):
+        main("--epochs", 1, change=change)
+    assert not list(out.glob("**/*"))
+    shutil.copytree(trained, out, dirs_exist_ok=True)
+    before = (out / "checkpoint.pt").read_bytes(), (out / "log.csv").read_bytes()
+    with pytest.raises(UserError, match="not finite at step .*the last good checkpoint is .*checkpoint.pt"):
+        main("--epochs", 2, "--resume", change=change)
+    assert ((out / "checkpoint.pt").read_bytes(), (out / "log.csv").read_bytes()) == before
+
+
+def test_a_loss_that_is_not_finite_is_not_saved_by_a_stop_either(main, tmp_path):
+    def look(step, unet, batch):
+        if step == 1:                                      # whose loss nobody has read yet
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(UserError, match="not finite"):
+        main("--epochs", 1, look=look, change=lambda step, loss: loss * (math.nan if step == 1 else 1))
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------- stopping
+
+def test_the_first_ctrl_c_asks_and_the_second_ends_at_once():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    with train.StopRequest() as stop:
+        assert stop.agreed("cpu", 1) == 0
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed("cpu", 1) == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_handlers_are_put_back_and_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Enough), train.StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.agreed("cpu", 1) == 0
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.agreed("cpu", 1) == signal.SIGTERM
+            raise Enough
+        assert signal.getsignal(signal.SIGTERM) == ours and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_needs_no_signals():
+    found = []
+
+    def work():
+        with train.StopRequest() as stop:
+            found.append(stop.agreed("cpu", 1))
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [0]
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
+    with train.StopRequest() as stop:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "all_reduce", lambda *_: signal.raise_signal(signal.SIGINT))
+            first = stop.agreed("cpu", 2)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+        assert first == 0 and stop.agreed("cpu", 2) == signal.SIGINT
+    with train.StopRequest() as stop:  # the other process's
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, _: tensor.fill_(15))
+        assert stop.agreed("cpu", 2) == 15
+
+
+def stop_after(main, steps, *flags, number=signal.SIGINT):
+    """A run that gets a signal in the step before it has done so many -> its exit code."""
+    def look(step, unet, batch):
+        if step == steps - 1:
+            signal.raise_signal(number)
+    with pytest.raises(SystemExit) as end:
+        main(*flags, look=look)
+    return end.value.code
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_wish_to_stop_is_granted_after_the_step(main, tmp_path, capsys, number, code):
+    assert stop_after(main, 2, "--epochs", 9, number=number) == code
+    assert "--resume" in capsys.readouterr().out and saved(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("steps", [1, 4, 6])  # in the first epoch, at its end, in the second
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(main, straight, tmp_path, steps):
+    assert stop_after(main, steps, "--epochs", 2) == 130
+    assert saved(tmp_path / "run")["step"] == steps
+    main("--epochs", 2, "--resume")
+    assert numbers(saved(tmp_path / "run")) == numbers(saved(straight))
+    assert numbers(logged(tmp_path / "run")) == numbers(logged(straight))
+
+
+def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(main, trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    main("--epochs", 1, "--resume")
+    assert "done" in capsys.readouterr().out
+    assert numbers(saved(tmp_path / "run")) == numbers(saved(trained))
+
+
+def test_more_epochs_go_on_on_the_longer_curve_whatever_log_csv_says(main, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "log.csv").write_bytes(b"\xff\0,\n1,2,3,4,5,6,7,8,9,10\n")
+    main("--epochs", 2, "--resume", "--lr", 2e-3)
+    rows = logged(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == ["1", "2"] and rows[0] == logged(trained)[0]
+    assert float(rows[1]["lr"]) == pytest.approx(train.learning_rate(7, 8, 2e-3), rel=1e-2)
+
+
+@pytest.fixture
+def moved(folder, trained, tmp_path):
+    """The run's pictures at another path, and what it wrote -> (pictures, what it wrote)."""
+    shutil.copytree(folder, tmp_path / "moved")
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "moved", tmp_path / "run"
+
+
+def change_a_picture(folder):
+    picture = Image.open(folder / "7.png").convert("RGB")
+    picture.putpixel((3, 3), (1, 2, 3))
+    picture.save(folder / "7.png")
+
+
+def change_a_caption(folder):
+    text = (folder / "metadata.jsonl").read_text()
+    (folder / "metadata.jsonl").write_text(text.replace('"text": "', '"text": "not ', 1))
+
+
+@pytest.mark.parametrize("change", [change_a_picture, change_a_caption, lambda folder: None])
+def test_a_run_goes_on_with_the_same_pictures_wherever_they_lie_and_with_no_others(main, moved, change):
+    pictures, out = moved
+    before = {path.name: path.read_bytes() for path in out.glob("*.*")}
+    change(pictures)
+    if change in (change_a_picture, change_a_caption):
+        with pytest.raises(UserError, match="--resume: .*pictures or captions") as error:
+            main("--dataset", pictures, "--epochs", 2, "--resume")
+        assert "\n" not in str(error.value)
+        assert {path.name: path.read_bytes() for path in out.glob("*.*")} == before
+    else:
+        main("--dataset", pictures, "--epochs", 2, "--resume")
+        assert saved(out)["epoch"] == 2
+
+
+def test_a_run_goes_on_only_as_it_began(main, trained, tmp_path):
+    from transformers import CLIPTextModel
+    shutil.copytree(trained, tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    other = CLIPTextModel.from_pretrained(TINY_CLIP)
+    shutil.copytree(TINY_CLIP, tmp_path / "clip")
+    next(p for name, p in other.named_parameters() if name.endswith("final_layer_norm.bias")).data += 1
+    other.save_pretrained(tmp_path / "clip")
+    for flags, named in [(["--lr", 0.5], "--lr is 0.5, was 0.002"), (["--channels", 64], "--channels is 64, was 32"),
+                         (["--seed", 3], "--seed is 3, was 0"), (["--text-encoder", tmp_path / "clip"], "text-encoder")]:
+        with pytest.raises(UserError, match=named):
+            main("--epochs", 2, "--resume", *flags)
+    with pytest.raises(UserError, match="checkpoint.pt.*--resume.*--output-dir"):
+        main("--epochs", 2)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
 
-def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(small, tmp_path, monkeypatch, capsys):
-    done = run("train_diffusion.py", *small, "--epochs", 2, "--sample-every", 1, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    out = tmp_path / "run"
+def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(straight, tmp_path, monkeypatch, capsys):
+    out = straight
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "log.csv", "loss.png", "samples"]
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["epoch_0001.png", "epoch_0002.png"]
-    with open(out / "log.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = logged(out)
     assert list(rows[0]) == list(train.LOG_COLUMNS) and [row["epoch"] for row in rows] == ["1", "2"]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     assert [int(row["step"]) for row in rows] == [4, 8]  # 18 training pictures in batches of 4
@@ -334,7 +574,8 @@ def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(s
     monkeypatch.chdir(tmp_path)
     one = sample("a red creature", "--output", "one.png")
     assert [path.name for path in one] == ["one.png"] and Image.open(one[0]).size == (16, 16)
-    paths = sample("a red creature", "--num-images", 3, "--compare", "--output", "deep/er/fire.png")
+    paths = sample("a red creature", "--num-images", 3, "--guidance-scale", 1, sample_diffusion.GUIDANCE_SCALE,
+                   "--output", "deep/er/fire.png")
     assert [path.name for path in paths] == ["fire.png"] + [f"fire_{i:02d}.png" for i in range(6)]
     assert all(path.is_file() for path in paths)
     assert np.array_equal(np.asarray(Image.open(paths[4])), np.asarray(Image.open(one[0])))  # same seed, same picture
@@ -354,65 +595,65 @@ def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(s
         assert difference[3] < difference[2] < difference[1]      # and the noise goes, frame by frame
 
 
-def test_a_stopped_and_resumed_run_ends_with_the_same_weights(small, tmp_path):
-    whole = run("train_diffusion.py", *small, "--epochs", 2, "--output-dir", tmp_path / "whole", cwd=tmp_path)
-    assert whole.returncode == 0, whole.stderr
-    straight = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)
-    process = [*small, "--epochs", 2, "--save-every", 1]
-    stopped = stop_in_the_second_epoch(process, tmp_path, signal.SIGINT)
-    assert stopped.returncode == 130 and "--resume" in stopped.stdout
-    assert 0 < torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] < 8
-    refused = run("train_diffusion.py", *process, cwd=tmp_path)
-    assert says_one_line(refused, "checkpoint.pt", "--resume", "--output-dir")
-    resumed = run("train_diffusion.py", *process, "--resume", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
-    found = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    for part in ("model", "ema"):
-        assert all(torch.equal(found[part][name], value) for name, value in straight[part].items())
-    assert found["step"] == straight["step"] == 8 and found["loss_sum"] == straight["loss_sum"]
-    with open(tmp_path / "run" / "log.csv") as file, open(tmp_path / "whole" / "log.csv") as other:
-        rows = [[(row["epoch"], row["train_loss"], row["val_loss"]) for row in csv.DictReader(f)]
-                for f in (file, other)]
-    assert rows[0] == rows[1]
-    differs = run("train_diffusion.py", *process, "--resume", "--lr", "0.5", cwd=tmp_path)
-    assert says_one_line(differs, "--lr is 0.5")
+SLOWLY = """
+import time, model, train_diffusion as train
+loss = train.diffusion_loss
+train.diffusion_loss = lambda *inputs: time.sleep(0.5) or loss(*inputs)
+model.run(train.main)
+"""
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_wish_to_stop_is_granted_after_the_step(small, tmp_path, number, code):
-    stopped = stop_in_the_second_epoch([*small, "--epochs", 50], tmp_path, number)
-    assert stopped.returncode == code and "--resume" in stopped.stdout and "Traceback" not in stopped.stderr
-    assert 4 <= torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] < 200
-
-
-def stop_in_the_second_epoch(flags, tmp_path, number):
-    """Run the script and send it a signal, as a user would, once log.csv shows that the first epoch is done."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_diffusion.py"), *map(str, flags)], cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+def test_ctrl_c_and_resume_as_a_user_does_it(small, straight, tmp_path):
+    """From outside, in the second of two epochs; each step waits, so that the signal comes before the run's end."""
+    flags = [*small, "--epochs", 2]
+    process = subprocess.Popen([sys.executable, "-c", SLOWLY, *map(str, flags)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     while not (tmp_path / "run" / "log.csv").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.send_signal(number)
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)                     # the first epoch is done
     out, err = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    assert process.returncode == 130 and "--resume" in out and "Traceback" not in err, err
+    assert 4 <= saved(tmp_path / "run")["step"] < 8
+    refused = run("train_diffusion.py", *flags, cwd=tmp_path)
+    assert says_one_line(refused, "error: ", "checkpoint.pt", "--resume", "--output-dir")
+    resumed = run("train_diffusion.py", *flags, "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert saved(tmp_path / "run")["step"] == 8
+    assert numbers(saved(tmp_path / "run")) == numbers(saved(straight))
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(small, tmp_path):
-    first = run("train_diffusion.py", *small, "--epochs", 1, cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
+def test_a_full_disk_leaves_the_last_good_checkpoint(main, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
     good = (tmp_path / "run" / "checkpoint.pt").read_bytes()
 
-    def no_large_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # bytes: less than a checkpoint
-    done = run("train_diffusion.py", *small, "--epochs", 2, "--resume", cwd=tmp_path, preexec_fn=no_large_files)
-    assert says_one_line(done, tmp_path / "run" / "checkpoint.pt", "could not be written")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # bytes of a file: less than a checkpoint
+    try:
+        with pytest.raises(UserError, match="run/checkpoint.pt could not be written: "):
+            main("--epochs", 2, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == good
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_an_output_folder_that_can_not_be_made(small, tmp_path):
+def test_an_output_folder_that_can_not_be_made(main, tmp_path):
     (tmp_path / "file").write_text("")
-    done = run("train_diffusion.py", *small, "--epochs", 1, "--output-dir", tmp_path / "file" / "run", cwd=tmp_path)
-    assert says_one_line(done, "--output-dir", tmp_path / "file" / "run", "can be written to")
+    with pytest.raises(UserError, match="--output-dir .*run.*can be written to"):
+        main("--epochs", 1, "--output-dir", tmp_path / "file" / "run")
+
+
+def test_what_can_not_be_written_beside_the_checkpoint_costs_a_warning_each(main, tmp_path, monkeypatch, capsys):
+    def no_matplotlib(rows):
+        raise ImportError("No module named 'matplotlib'")
+    monkeypatch.setattr(train, "loss_curve", no_matplotlib)
+    (tmp_path / "run" / "log.csv").mkdir(parents=True)
+    (tmp_path / "run" / "samples").write_text("a file, where a folder should be")
+    main("--epochs", 1)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 3 and all(any(name in line for line in said) for name in ("log.csv", "samples", "loss.png"))
+    assert saved(tmp_path / "run")["epoch"] == 1 and not list((tmp_path / "run").glob("**/*.tmp"))
 
 
 def test_nothing_that_a_run_writes_dirties_the_checkout():
@@ -427,7 +668,7 @@ def test_nothing_that_a_run_writes_dirties_the_checkout():
 # ---------------------------------------------------------------------------------------------- several processes
 
 def losses(out):
-    return [float(row["train_loss"]) for row in csv.DictReader(open(out / "log.csv"))]
+    return [float(row["train_loss"]) for row in logged(out)]
 
 
 def torchrun(*args, cwd):
@@ -436,12 +677,11 @@ def torchrun(*args, cwd):
                           timeout=300)
 
 
-def test_two_processes_follow_the_same_loss_as_one(small, tmp_path):
+def test_two_processes_follow_the_same_loss_as_one(small, main, tmp_path):
     """20 epochs of one step, of a batch of 18: each process learns from 9 pictures of it."""
     flags = [*small, "--batch-size", 18, "--epochs", 20, "--precision", "fp32", "--sample-every", 20]
     one, two = tmp_path / "one", tmp_path / "two"
-    done = run("train_diffusion.py", *flags, "--output-dir", one, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    main(*flags[len(small):], "--output-dir", one)
     done = torchrun(*flags, "--output-dir", two, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done:") == 1                                # one of them writes
@@ -451,21 +691,34 @@ def test_two_processes_follow_the_same_loss_as_one(small, tmp_path):
     assert averages[0].keys() == averages[1].keys()                       # either goes on from the other's
 
 
-def test_the_processes_shares_are_the_batch_with_nothing_lost_or_doubled(fresh_run, monkeypatch):
-    seen, loss = [], train.diffusion_loss
-    monkeypatch.setattr(train, "diffusion_loss", lambda *inputs: seen.append(inputs[2:]) or loss(*inputs))
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)  # there is no other process to ask
-    fresh_run.processes = 2
-    for fresh_run.rank in (0, 1):
-        fresh_run.state["step"] = 0
-        train.train_step(fresh_run, range(6), 1e-4)
-    generator = generator_for(fresh_run.args.seed, 3, 0)
-    whole = train.training_batch(fresh_run.pictures, range(6), fresh_run.scheduler, generator)
-    assert len(seen) == 2 and all(len(part) == 3 for share in seen for part in share)
-    for part, first, second in zip(whole, *seen):
-        assert torch.equal(torch.stack([first, second], dim=1).flatten(0, 1), part)
+def test_the_processes_shares_are_the_batch_with_nothing_lost_or_doubled(main, pictures, scheduler, monkeypatch):
+    seen = []
+
+    def look(step, unet, batch):
+        seen.append(batch)
+        raise Enough
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)  # there is no other process
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda unet, *_, **__: unet)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    for rank, processes in [(0, 2), (1, 2), (0, 1)]:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        with pytest.raises(Enough):
+            main("--batch-size", 6, look=look)
+    first, second, whole = seen
+    assert [len(part) for part in whole] == [6] * 5
+    for mine, other, part in zip(first, second, whole):
+        assert len(mine) == 3 and torch.equal(torch.stack([mine, other], dim=1).flatten(0, 1), part)
 
 
-def test_a_batch_that_two_processes_cannot_share(small, tmp_path):
-    done = torchrun(*small, "--batch-size", 5, cwd=tmp_path)
-    assert "--batch-size 5 can't be shared by 2 processes" in done.stderr and not (tmp_path / "run").exists()
+def test_a_batch_that_two_processes_cannot_share(main, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--batch-size 5 can't be shared by 2 processes"):
+        main("--batch-size", 5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_larger_than_what_is_left_to_train_on(main, tmp_path):
+    with pytest.raises(UserError, match="--batch-size 19: .*18 pictures"):
+        main("--batch-size", 19)
+    assert not (tmp_path / "run").exists()
