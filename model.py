@@ -400,6 +400,13 @@ def download_help(flag, error):
             f"{flag} a local folder, or train on the built-in drawings: train_diffusion.py --demo")
 
 
+def check_writable(flag, folder):
+    """Raises UserError, before any work is done, if `folder` can neither be written to nor be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{flag} {folder}: {there} is no folder that can be written to")
+
+
 def pick_device(name):
     """'auto', 'cuda', 'mps' or 'cpu' -> torch.device. Raises UserError for one that this machine does not have."""
     found = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)

@@ -16,8 +16,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (NoiseScheduler, TextEncoder, UNet, UNetConfig, UserError, ask_hub, autocast, first_line,
-                   generator_for, pick_device, run, to_uint8, write_atomically)
+from model import (NoiseScheduler, TextEncoder, UNet, UNetConfig, UserError, ask_hub, autocast, check_writable,
+                   first_line, generator_for, pick_device, run, to_uint8, write_atomically)
 
 FORMAT = "text-to-image-diffusion-3"  # marks a checkpoint as ours, and its version
 STEPS = 25                            # denoising steps of a picture
@@ -161,6 +161,7 @@ def unused(path):
 def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
+    check_writable("--output", args.output.parent)
     path = args.checkpoint or newest_checkpoint()
     checkpoint = load_checkpoint(path)
     with checkpoint_errors(path):

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import unicodedata
+from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict
@@ -33,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (STRIDE, NoiseScheduler, TextEncoder, UNet, UNetConfig, UserError, ask_hub, autocast, download_help,
-                   first_line, generator_for, pick_device, run, write_atomically)
+from model import (STRIDE, NoiseScheduler, TextEncoder, UNet, UNetConfig, UserError, ask_hub, autocast, check_writable,
+                   download_help, first_line, generator_for, pick_device, run, write_atomically)
 from sample_diffusion import FORMAT, checkpoint_errors, contact_sheet, draw, encoded, load_checkpoint, number
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -154,7 +155,8 @@ def caption_column(columns, source, args):
     for name in wanted:
         if name in columns:
             return name
-    raise UserError(f"--caption-column: {source} has no {' or '.join(wanted)}, only {', '.join(map(str, columns))}")
+    raise UserError(f"--caption-column: {source} has no {' or '.join(map(repr, wanted))}, only "
+                    f"{', '.join(map(str, columns))}")
 
 
 def metadata_rows(file, by_name, args):
@@ -280,7 +282,12 @@ class Pictures:
     def split(self, seed):
         """Row numbers -> (training, held out), shuffled by the seed. All rows of one picture are on the same side."""
         order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
-        ahead = {self.hashes[i] for i in order[:max(1, round(len(order) * VALIDATION_SHARE))]}
+        rows_of, room, ahead = Counter(self.hashes), max(1, round(len(order) * VALIDATION_SHARE)), set()
+        for picture in dict.fromkeys(self.hashes[i] for i in order):
+            if rows_of[picture] <= room:
+                ahead.add(picture)
+                room -= rows_of[picture]
+        ahead = ahead or {min(rows_of, key=rows_of.get)}
         return ([i for i in order if self.hashes[i] not in ahead], [i for i in order if self.hashes[i] in ahead])
 
     def batch(self, indices, captions=None):
@@ -430,9 +437,7 @@ def main(argv=None):
     if path.exists() != args.resume:
         raise UserError(f"{path} is there already: go on from it with --resume, or give another --output-dir"
                         if path.exists() else f"--resume: there is no {path}")
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--output-dir {out}: {there} is no folder that can be written to")
+    check_writable("--output-dir", out)
     if args.batch_size % processes:
         raise UserError(f"--batch-size {args.batch_size} can't be shared by {processes} processes")
     if processes > 1:

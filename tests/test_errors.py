@@ -11,18 +11,18 @@ from PIL import Image
 
 import sample_diffusion
 import train_diffusion
+from model import UserError
 from conftest import ROOT, TINY_CLIP, run, says_one_line
 
 
 def call(main, capfd, flags):
     """main(flags) -> what a shell would see of it; any exception but the one that ends a program is the test's end."""
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises((SystemExit, UserError)) as ended:
         main([str(flag) for flag in flags])
-    message = ended.value.code
-    if isinstance(message, str):
-        assert "\n" not in message
-        return SimpleNamespace(returncode=1, stderr=message)
-    return SimpleNamespace(returncode=message, stderr=capfd.readouterr().err)
+    if isinstance(ended.value, UserError):
+        assert "\n" not in str(ended.value)
+        return SimpleNamespace(returncode=1, stderr=f"error: {ended.value}")
+    return SimpleNamespace(returncode=ended.value.code, stderr=capfd.readouterr().err)
 
 
 @pytest.fixture
@@ -75,10 +75,15 @@ def test_a_device_that_is_not_there(train, folder):
     assert says_one_line(train("--dataset", folder, "--device", "tpu"), "--device tpu", "cpu")
 
 
-def test_a_wrong_column(train, folder):
-    assert says_one_line(train("--dataset", folder, "--image-column", "img"), "'img'", "image", "text")
-    assert says_one_line(train("--dataset", folder, "--caption-column", "label"), "'label'", "image", "text")
-    assert says_one_line(train("--dataset", folder, "--image-column", "text"), "'text'", "no pictures")
+def test_a_wrong_column(train, folder, tmp_path):
+    import datasets
+    table = datasets.Dataset.from_dict(dict(image=[b"1", b"2"], text=["a", "b"]))
+    table.to_parquet(str(tmp_path / "table.parquet"))
+    table = tmp_path / "table.parquet"
+    assert says_one_line(train("--dataset", table, "--image-column", "img"), "'img'", "image", "text")
+    assert says_one_line(train("--dataset", table, "--caption-column", "label"), "'label'", "image", "text")
+    assert says_one_line(train("--dataset", table, "--image-column", "text"), "'text'", "can't be read")
+    assert says_one_line(train("--dataset", folder, "--caption-column", "label"), "'label'", "file_name", "text")
 
 
 def test_folders_without_what_is_needed(train, folder, tmp_path):
@@ -91,8 +96,8 @@ def test_folders_without_what_is_needed(train, folder, tmp_path):
     shutil.copytree(folder, bad)
     (bad / "metadata.jsonl").write_text("not json")
     assert says_one_line(train("--dataset", bad), bad)
-    assert says_one_line(train("--dataset", folder, "--batch-size", 32), "--batch-size 32", "20 pictures")
-    assert says_one_line(train("--dataset", folder, "--text-encoder", folder), "text encoder", folder)
+    assert says_one_line(train("--dataset", folder, "--batch-size", 32), "--batch-size 32", "18 pictures")
+    assert says_one_line(train("--dataset", folder, "--text-encoder", folder), "--text-encoder", folder)
 
 
 @pytest.mark.parametrize("caption", ["", "  ", None])

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from eyes import BODY_BLOCK, COLOURS, LEFT_OUT, NAMES, body_colour, tail_colour
+from eyes import BODY_BLOCK, COLOURS, LEFT_OUT, NAMES, OWN, body_colour, look, tail_colour, two_eyes
 from make_examples import COUNT, PAIRS, SIZE, caption, draw, make_creature
 
 EXAMPLES = Path(__file__).resolve().parents[1] / 'examples'
@@ -74,6 +74,41 @@ def test_eyes_see_through_noise_and_fading(rows, pictures):
     for row, picture in zip(rows, pictures):
         noisy = np.clip(picture * 0.9 + 12 + rng.normal(0, 20, picture.shape), 0, 255).astype(np.uint8)
         assert body_colour(noisy) == colours_in(row['text'])[0], row
+
+
+def resized(pictures, size):
+    """As train_diffusion.py does it."""
+    return [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
+
+
+def without_eyes(number, sides):
+    """Drawing number so-and-so with the eyes of these sides (-1, 1) painted over."""
+    creature, rng = make_creature(0, number), random.Random(make_creature(0, number).seed)
+    facing, scale = rng.choice([-1, 1]), rng.uniform(0.92, 1.03)              # in the order in which `draw` asks
+    shift_x, shift_y, _, _, head_x = (rng.uniform(*ends) for ends in [(-1.2, 1.2), (-1.2, 1.2), (15, 16.5),
+                                                                      (14.5, 15.5), (1, 4)])
+    picture = draw(creature)
+    for side in sides:
+        x = SIZE / 2 + shift_x + scale * facing * (head_x + 2.5 + side * 5)
+        y = BODY_BLOCK[1] + shift_y + scale * (20 - BODY_BLOCK[1])
+        ImageDraw.Draw(picture).ellipse([x - 5, y - 5.5, x + 5, y + 5.5], fill=COLOURS[creature.body])
+    return np.asarray(picture)
+
+
+@pytest.mark.parametrize('size', [32, 64])
+def test_the_drawings_own_figures_are_those_that_eyes_py_names(rows, pictures, size):
+    seen = look(resized(pictures, size), [row['text'] for row in rows])
+    assert seen == pytest.approx(OWN[size], abs=0.003)
+
+
+@pytest.mark.parametrize('size', [32, 64])
+def test_eyes_that_are_painted_over_or_blurred_away_are_missed(pictures, size):
+    seen = lambda some: np.mean([two_eyes(picture) for picture in some])
+    some = range(0, COUNT, 4)
+    assert seen(resized([without_eyes(i, (-1, 1)) for i in some], size)) == 0
+    assert seen(resized([without_eyes(i, (i // 4 % 2 * 2 - 1,)) for i in some], size)) <= 0.1      # one eye
+    blurred = [np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(2))) for picture in pictures[::4]]
+    assert seen(resized(blurred, size)) == 0
 
 
 def test_no_tail_is_seen_where_there_is_none():

@@ -282,7 +282,9 @@ def test_the_loss_is_the_weighted_error_of_the_clean_picture(scheduler):
         return x_0 + 0.1 * torch.arange(10)[:, None, None, None]
     found = train.diffusion_loss(network, scheduler, x_0, "states", "mask", t, noise)
     weight = [min(train.MAX_WEIGHT, 1 / (1 - scheduler.alpha_bars[i])) for i in t.tolist()]
-    assert found.tolist() == pytest.approx([w * (0.1 * i) ** 2 for i, w in enumerate(weight)], rel=1e-4, abs=1e-9)
+    absolute = [train.L1_WEIGHT * scheduler.alpha_bars[i] for i in t.tolist()]
+    expected = [w * (0.1 * i) ** 2 + a * 0.1 * i for i, (w, a) in enumerate(zip(weight, absolute))]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert torch.equal(asked[0][0], scheduler.add_noise(x_0, noise, t)) and asked[0][1:] == (t, "states", "mask")
 
 
@@ -578,7 +580,8 @@ def test_a_run_writes_what_it_should_and_the_sampler_needs_only_its_checkpoint(s
                    "--output", "deep/er/fire.png")
     assert [path.name for path in paths] == ["fire.png"] + [f"fire_{i:02d}.png" for i in range(6)]
     assert all(path.is_file() for path in paths)
-    assert np.array_equal(np.asarray(Image.open(paths[4])), np.asarray(Image.open(one[0])))  # same seed, same picture
+    same = sample("a red creature", "--guidance-scale", 1, sample_diffusion.GUIDANCE_SCALE, "--output", "same.png")
+    assert same[2].read_bytes() == one[0].read_bytes() != same[1].read_bytes()               # same seed, same picture
     again = sample("a red creature", "--output", "again.png")
     assert again[0].read_bytes() == one[0].read_bytes()
     other = sample("a red creature", "--seed", 1, "--output", "other.png")
@@ -678,8 +681,12 @@ def torchrun(*args, cwd):
 
 
 def test_two_processes_follow_the_same_loss_as_one(small, main, tmp_path):
-    """20 epochs of one step, of a batch of 18: each process learns from 9 pictures of it."""
-    flags = [*small, "--batch-size", 18, "--epochs", 20, "--precision", "fp32", "--sample-every", 20]
+    """20 epochs of one step, of a batch of 18: each process learns from 9 pictures of it.
+
+    At 16x16 pixels the deepest level has a single position, whose normalisation would magnify every rounding error.
+    """
+    flags = [*small, "--batch-size", 18, "--epochs", 20, "--precision", "fp32", "--sample-every", 20, "--lr", 1e-4,
+             "--image-size", 32]
     one, two = tmp_path / "one", tmp_path / "two"
     main(*flags[len(small):], "--output-dir", one)
     done = torchrun(*flags, "--output-dir", two, cwd=tmp_path)
