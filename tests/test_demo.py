@@ -1,5 +1,6 @@
 """The demo as a newcomer runs it: train without a network, sample, and look with exact eyes."""
 import csv
+import json
 import random
 
 import numpy as np
@@ -7,106 +8,93 @@ import pytest
 import torch
 from PIL import Image
 
-import eyes
-import quality
-from conftest import run
+import sample_diffusion
+from conftest import ROOT, run
+from eyes import COLOURS, LEFT_OUT, body_colour, look
+from model import NoiseScheduler, TextEncoder, UNet, UNetConfig
 
-# Measured ... on 128 guided samples of the demo at default settings; asserted with room for noise
-PAPER = 0.95            # of the drawings' own figure, measured ...
-FLAT = 0.88             # of the drawings' own figure, measured ...
-TWO_EYES = 0.70         # share of the samples, measured ...
-BODY = 0.95             # share with the colour that the caption names, measured ...
-BODY_LEFT_OUT = 0.90    # the same of (body, tail) colours that were never drawn, measured ...
-TAIL = 0.85             # measured ...
-EARS = 0.75             # measured ...
-WINGS = 0.75            # measured ...
-COLOUR_WORDS = 0.95     # measured ...
-BRIGHTNESS = 0.05       # relative difference from the drawings and from plain samples, measured ...
-DISTANCE = 150          # kernel distance to the drawings, times 1,000, measured ...
-SAMPLES, LEFT_OUT = 128, 64
+
+# Of what the same eyes see in the drawings; see diffusion_results/README.md for what was measured
+AT_LEAST = dict(paper=0.94, flat=0.86, eyes=0.60, body=0.95, tail=0.90, ears=0.45, wings=0.80)
 
 
 @pytest.fixture(scope="session")
 def trained(demo):
-    return quality.load(demo / "output" / "demo" / "checkpoint.pt", torch.device("cpu"))
+    """(unet, encoder) as sample_diffusion.py loads them."""
+    checkpoint = sample_diffusion.load_checkpoint(demo / "output" / "demo" / "checkpoint.pt")
+    unet = UNet(UNetConfig(**checkpoint["config"])).eval()
+    unet.load_state_dict(checkpoint["ema"])
+    return unet, TextEncoder(checkpoint["flags"]["text_encoder"])
+
+
+def draw(trained, prompts, guidance_scale, seed=0):
+    """One picture a prompt at the default steps -> uint8 (B, H, W, 3)."""
+    unet, encoder = trained
+    states, mask = encoder([*prompts, ""])
+    pictures = sample_diffusion.draw(unet, NoiseScheduler(), (states[:-1], mask[:-1]), (states[-1:], mask[-1:]),
+                                     [(seed, i) for i in range(len(prompts))], guidance_scale=guidance_scale)
+    return pictures.permute(0, 2, 3, 1).numpy()
+
+
+def pairs(left_out):
+    """64 (body, tail) pairs, of those that were drawn or of those that never were."""
+    every = [(body, tail) for body in COLOURS for tail in COLOURS if ((body, tail) in LEFT_OUT) == left_out]
+    return random.Random(0).choices(sorted(every), k=64)
+
+
+def prompt(body, tail):
+    return f"a {body} creature with a {tail} tail".replace("a orange", "an orange")
+
+
+def share_right(pictures, wanted):
+    return np.mean([body_colour(picture) == body for picture, (body, _) in zip(pictures, wanted)])
 
 
 @pytest.fixture(scope="session")
 def guided(trained):
-    """Samples of the held-out captions, then of others, at default settings: uint8 (B, 3, H, W)."""
-    return trained.draw(trained.first(SAMPLES))
+    wanted = pairs(left_out=False)
+    return draw(trained, [prompt(*pair) for pair in wanted], sample_diffusion.GUIDANCE_SCALE), wanted
 
 
-@pytest.fixture(scope="session")
-def seen(trained, guided):
-    return eyes.look(guided.permute(0, 2, 3, 1).numpy(), trained.first(SAMPLES))
+def test_the_body_has_the_colour_asked_for(guided):
+    assert share_right(*guided) >= 0.95
 
 
-@pytest.fixture(scope="session")
-def own():
-    """What the same eyes see in the drawings."""
-    return eyes.OWN[32]
+def test_and_so_it_has_where_the_combination_was_never_drawn(trained):
+    wanted = pairs(left_out=True)
+    pictures = draw(trained, [prompt(*pair) for pair in wanted], sample_diffusion.GUIDANCE_SCALE)
+    assert share_right(pictures, wanted) >= 0.80
 
 
-def test_the_paper_is_white(seen, own):
-    assert seen["paper"] >= PAPER * own["paper"]
-
-
-def test_the_paint_is_flat(seen, own):
-    assert seen["flat"] >= FLAT * own["flat"]
-
-
-def test_there_are_two_eyes(seen):
-    assert seen["eyes"] >= TWO_EYES
-
-
-@pytest.mark.parametrize("part, share", [("body", BODY), ("tail", TAIL), ("ears", EARS), ("wings", WINGS)])
-def test_each_part_has_the_colour_asked_for(seen, part, share):
-    assert seen[part] >= share
-
-
-def test_so_has_the_body_where_the_combination_was_never_drawn(trained):
-    wanted = random.Random(0).choices(sorted(eyes.LEFT_OUT), k=LEFT_OUT)
-    captions = [f"a {body} creature with a {tail} tail".replace("a orange", "an orange") for body, tail in wanted]
-    pictures = trained.draw(captions).permute(0, 2, 3, 1).numpy()
-    assert eyes.look(pictures, captions)["body"] >= BODY_LEFT_OUT
-
-
-def test_colour_words_decide_the_hue(trained):
-    right, own = quality.colour_words(trained, ["red", "blue", "green", "yellow"], "a {} creature", 8)
-    assert sum(right.values()) >= COLOUR_WORDS * 4 * 8
-    assert all(found == count > 0 for found, count in own.values())
+def test_the_pictures_look_like_the_drawings(trained):
+    """White paper, flat colours, two eyes, parts in the colours asked for: red if the network predicts v again."""
+    rows = [json.loads(line) for line in open(ROOT / "examples" / "creatures" / "metadata.jsonl")][:128]
+    size, captions = trained[0].config.image_size, [row["text"] for row in rows]
+    drawings = np.stack([np.asarray(Image.open(ROOT / "examples" / "creatures" / row["file_name"])
+                                    .resize((size, size), Image.Resampling.BILINEAR)) for row in rows])
+    seen = look(draw(trained, captions, sample_diffusion.GUIDANCE_SCALE), captions)
+    expected = look(drawings, captions)
+    short = {name: (seen[name], expected[name]) for name in AT_LEAST if seen[name] < AT_LEAST[name] * expected[name]}
+    assert not short
 
 
 def test_guided_pictures_are_as_bright_as_the_drawings(guided, trained):
     """No dark, no tinted pictures: neither caption dropout nor the clipping of x_0 is missing."""
-    drawings, plain = trained.pictures.pixels.float(), trained.draw(trained.first(SAMPLES // 2), scale=1.0).float()
-    assert guided.float().mean() == pytest.approx(drawings.mean(), rel=BRIGHTNESS)
-    assert guided[:len(plain)].float().mean() == pytest.approx(plain.mean(), rel=BRIGHTNESS)
-    assert (guided.float().mean(dim=(0, 2, 3)) - drawings.mean(dim=(0, 2, 3))).abs().max() < 0.1 * 255
+    rows = [json.loads(line) for line in open(ROOT / "examples" / "creatures" / "metadata.jsonl")]
+    drawings = np.stack([np.asarray(Image.open(ROOT / "examples" / "creatures" / row["file_name"])) for row in rows])
+    expected = drawings.mean(axis=(0, 1, 2))                                            # (3,) red, green, blue
+    pictures, wanted = guided
+    assert pictures.mean() == pytest.approx(drawings.mean(), rel=0.05)
+    plain = draw(trained, [prompt(*pair) for pair in wanted], 1.0)
+    assert pictures.mean() == pytest.approx(plain.mean(), rel=0.05)
+    assert np.abs(pictures.mean(axis=(0, 1, 2)) - expected).max() < 0.1 * 255
 
 
-def test_no_sample_is_a_copy(guided, trained):
-    assert quality.copies(trained, trained.pictures.pixels[trained.training[:4]]) == 4    # it would be seen
-    assert quality.copies(trained, guided) <= SAMPLES // 50
-
-
-@pytest.mark.skipif(bool(quality.missing_packages()), reason=f"needs pip install {quality.missing_packages()}")
-def test_the_kernel_distance_to_the_drawings_is_small(guided, trained):
-    distance, error = quality.kernel_distance(quality.features(guided), quality.features(trained.pictures.pixels))
-    assert distance <= DISTANCE and error < DISTANCE / 3
-
-
-def test_the_kernel_distance_and_its_error_are_right():
-    """Samples of one distribution are at distance 0, and the error is that of many repetitions."""
-    generator = torch.Generator().manual_seed(0)
-    apart = [quality.kernel_distance(torch.randn(64, 16, generator=generator) + shift,
-                                     torch.randn(128, 16, generator=generator), times=50)
-             for shift in (0, 0.5) for _ in range(100)]
-    distances, errors = np.array(apart).reshape(2, 100, 2).transpose(2, 0, 1)
-    spread = distances.std(axis=1)
-    assert abs(distances[0].mean()) < 3 * spread[0] / 10
-    assert errors[1].mean() == pytest.approx(spread[1], rel=0.25)
+def test_no_speckles(guided):
+    """Bytes that were not clamped would turn white into black and back, pixel by pixel."""
+    pictures, _ = guided
+    corners = np.concatenate([pictures[:, :2, :2].reshape(-1, 3), pictures[:, :2, -2:].reshape(-1, 3)])
+    assert np.mean(corners.min(axis=1) > 128) > 0.99
 
 
 def test_the_text_is_used(demo):
@@ -121,16 +109,15 @@ def test_the_readmes_next_command_draws_from_the_demo(demo):
     done = run("sample_diffusion.py", "a red creature with a blue tail", cwd=demo)
     assert done.returncode == 0, done.stderr
     assert "output/demo/checkpoint.pt" in done.stdout
-    assert eyes.body_colour(np.asarray(Image.open(demo / "output" / "sample.png"))) == "red"
+    assert body_colour(np.asarray(Image.open(demo / "output" / "sample.png"))) == "red"
 
 
 def test_the_same_seed_gives_the_same_picture_in_any_batch(trained):
-    alone = trained.draw(["a red creature with a pink tail"])
-    together = trained.draw(["a red creature with a pink tail"] + ["a blue creature with a red tail"] * 2)
-    assert (alone[0].int() - together[0].int()).abs().max() <= 1
+    alone = draw(trained, ["a red creature with a pink tail"], 3.0)
+    together = draw(trained, ["a red creature with a pink tail"] + ["a blue creature with a red tail"] * 2, 3.0)
+    assert np.abs(alone[0].astype(int) - together[0].astype(int)).max() <= 1
 
 
 def test_checkpoints_hold_tensors_and_plain_values_only(demo):
     checkpoint = torch.load(demo / "output" / "demo" / "checkpoint.pt", weights_only=True)
-    assert {"config", "flags", "dataset", "fingerprint", "num_timesteps", "model", "ema", "optimizer", "step", "epoch",
-            "seconds", "format"} <= set(checkpoint)
+    assert {"config", "flags", "model", "ema", "optimizer", "step", "epoch", "format"} <= set(checkpoint)
