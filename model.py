@@ -233,15 +233,17 @@ class TextEncoder(nn.Module):
         transformers.logging.disable_progress_bar()
         try:
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(name)
+            kind = transformers.AutoConfig.from_pretrained(name).model_type
             self.clip, found = transformers.CLIPTextModel.from_pretrained(name, output_loading_info=True)
         except Exception as error:                   # its loaders raise whatever a damaged file leads them to
-            raise UserError(f"--text-encoder: {name}: {download_help('--text-encoder', error)}") from error
+            raise UserError(f"--text-encoder: {name}: {download_help('--text-encoder', name, error)}") from error
         self.clip.eval().requires_grad_(False)
         self.dim, words = self.clip.config.hidden_size, len(self.tokenizer)                    # D
         wrong = [*found["missing_keys"], *found["mismatched_keys"]]
-        if wrong or words != self.clip.config.vocab_size:  # transformers itself would go on with random weights
-            raise UserError(f"--text-encoder: {name} is no CLIP text encoder with its tokenizer: {len(wrong)} weights "
-                            f"missing, {words} words in the vocabulary for {self.clip.config.vocab_size} vectors")
+        if wrong or words != self.clip.config.vocab_size or kind not in ("clip", "clip_text_model"):
+            # transformers itself would go on, with random weights or a vocabulary of a few signs
+            raise UserError(f"--text-encoder: {name} is no CLIP text encoder with its tokenizer: model type {kind}, "
+                            f"{len(wrong)} weights missing, {words} words for {self.clip.config.vocab_size} vectors")
         self.max_length = min(self.tokenizer.model_max_length, self.clip.config.max_position_embeddings)
         self.warned = False
 
@@ -391,9 +393,9 @@ def ask_hub(*names):
         constants.HF_HUB_OFFLINE = True
 
 
-def download_help(flag, error):
+def download_help(flag, name, error):
     """What went wrong with something from the hub; if there is no hub, what to do."""
-    if os.environ.get("HF_HUB_OFFLINE") != "1":
+    if os.path.exists(name) or os.environ.get("HF_HUB_OFFLINE") != "1":
         return first_line(error)
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     return (f"no local folder, not downloaded before, and {hub} does not answer. Set HF_ENDPOINT to a mirror, give "

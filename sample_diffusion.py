@@ -38,6 +38,11 @@ def number(kind, low, high):
     return read
 
 
+def as_text(prompts):
+    """Words of the command line -> text, also where the terminal knows ASCII alone (LC_ALL=C)."""
+    return [prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for prompt in prompts]
+
+
 def parse_args(argv=None):
     """Command line -> namespace; argparse itself names a wrong flag and exits with 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
@@ -58,7 +63,7 @@ def parse_args(argv=None):
         help="the picture; of several, a sheet, and the pictures beside it, numbered. If it is there already, "
              "the name gets a number: nothing is overwritten")
     args = parser.parse_args(argv)
-    args.prompts = [os.fsencode(prompt).decode("utf-8", "replace") for prompt in args.prompts]  # also under LC_ALL=C
+    args.prompts = as_text(args.prompts)
     if not all(prompt.strip() for prompt in args.prompts):
         parser.error("a PROMPT is empty")
     if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -121,8 +126,8 @@ def contact_sheet(rows):
     from torchvision.transforms.v2.functional import to_pil_image  # a second to import: only where a sheet is made
     from torchvision.utils import make_grid
     zoom = max(1, SHEET_SIZE // rows[0][1].shape[-1])
-    grids = [to_pil_image(make_grid(pictures.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), len(pictures), 4,
-                                    pad_value=255)) for _, pictures in rows]
+    grids = [to_pil_image(make_grid(pictures.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3),
+                                    min(len(pictures), 20), 4, pad_value=255)) for _, pictures in rows]
     sheet = Image.new("RGB", (max(400, *(grid.width for grid in grids)), sum(LABEL + grid.height for grid in grids)),
                       "white")
     top = 0
@@ -155,7 +160,7 @@ def unused(path):
     """`path`, or the same with the first number at which nothing of an earlier call stands there."""
     taken = {file.stem for file in path.parent.glob("*")}
     stems = (path.stem + (f"-{n}" if n else "") for n in count())
-    return path.with_stem(next(s for s in stems if s not in taken and f"{s}_00" not in taken))
+    return path.with_stem(next(s for s in stems if not any(stem == s or stem.startswith(f"{s}_") for stem in taken)))
 
 
 def main(argv=None):

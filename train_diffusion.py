@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from model import (STRIDE, NoiseScheduler, TextEncoder, UNet, UNetConfig, UserError, ask_hub, autocast, check_writable,
                    download_help, first_line, generator_for, pick_device, run, write_atomically)
-from sample_diffusion import FORMAT, checkpoint_errors, contact_sheet, draw, encoded, load_checkpoint, number
+from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, draw, encoded, load_checkpoint, number
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
@@ -93,6 +93,7 @@ def parse_args(argv=None):
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
+    args.prompts = as_text(args.prompts)
     if args.image_size % STRIDE:
         parser.error(f"--image-size: {args.image_size} is not a multiple of {STRIDE}")
     if args.channels % 32:
@@ -109,9 +110,8 @@ def read_rows(args):
     path = Path(args.dataset)
     path = path / "train" if (path / "dataset_dict.json").is_file() else path       # what save_to_disk makes
     files = list(walk(path, args.output_dir)) if path.is_dir() else [path]
-    tables = [file for file in files if file.suffix in (".parquet", ".arrow")]
-    if any(file.name.startswith("train-") for file in tables):
-        tables = [file for file in tables if not file.name.startswith(("test-", "validation-"))]
+    tables = [file for file in files if file.suffix in (".parquet", ".arrow") and not file.name.startswith("cache-")]
+    tables = [file for file in tables if file.name.startswith("train-")] or tables
     if not path.exists():
         rows = list(table_rows(hub_table(args.dataset), args.dataset, args))
     elif metadata := [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]:
@@ -128,12 +128,15 @@ def read_rows(args):
 
 def walk(folder, output):
     """Every file below a folder, in order, through links; not what is hidden, or left by a system or by this run."""
-    left_out, skipped = {os.path.realpath(output)}, ("__MACOSX", "@eaDir")
+    seen = {os.path.realpath(output)} - {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
-        left_out.add(os.path.realpath(root))                              # a link that leads back is not a new folder
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skipped
-                            and os.path.realpath(os.path.join(root, name)) not in left_out)
-        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+        if (here := os.path.realpath(root)) in seen:                      # by a link: each folder counts once
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = sorted((name for name in folders if not name.startswith(".")
+                             and name not in ("__MACOSX", "@eaDir")), key=same_name)
+        yield from (Path(root, name) for name in sorted(names, key=same_name) if not name.startswith("."))
 
 
 def same_name(path):
@@ -168,10 +171,10 @@ def metadata_rows(file, by_name, args):
     except (ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{file}: {first_line(error)}") from error
     for row in table:
-        if "file_name" not in row:
-            raise UserError(f"{file}: no file_name, only {', '.join(map(str, row))}")
+        if "file_name" not in row or None in row:                         # None: csv's name for cells beyond the header
+            raise UserError(f"{file}: no file_name, or more cells than columns (a comma without quotes?): {row!r:.99}")
         path = file.parent / str(row["file_name"])
-        if not path.is_file() and same_name(path) not in by_name:
+        if same_name(path) not in by_name and not os.path.isfile(path):
             raise UserError(f"{file}: there is no picture {row['file_name']}")
         yield str(path), by_name.get(same_name(path), path), row[caption_column(list(row), file, args)]
 
@@ -194,7 +197,7 @@ def hub_table(name):
     try:
         splits = datasets.load_dataset(name)
     except Exception as error:  # the hub's, the network's or the disk's: what is innermost says most
-        raise UserError(f"--dataset {name}: {download_help('--dataset', error)}") from error
+        raise UserError(f"--dataset {name}: {download_help('--dataset', name, error)}") from error
     if "train" not in splits and len(splits) > 1:
         raise UserError(f"--dataset {name}: no split 'train', only {', '.join(splits)}")
     return splits.get("train", next(iter(splits.values())))
@@ -209,14 +212,14 @@ def table_rows(table, source, args):
     text = caption_column(names, source, args)
     if isinstance(table.features[column], datasets.Image):
         table = table.cast_column(column, datasets.Image(decode=False))
-    label = getattr(table.features[text], "int2str", lambda value: value)
+    label = dict(enumerate(getattr(table.features[text], "names", ())))
     for i, row in enumerate(table.select_columns(list({column, text}))):
         picture = row[column]
         if isinstance(picture, dict):
             picture = picture.get("bytes") or picture.get("path")
         if isinstance(picture, str):
             picture = Path(source).parent / picture
-        yield f"{i} in column {column!r} of {source}", picture, label(row[text])
+        yield f"{i} in column {column!r} of {source}", picture, label.get(row[text]) if label else row[text]
 
 
 def text_file_rows(files):
@@ -267,7 +270,7 @@ class Pictures:
         for name, _, caption in rows:
             if isinstance(caption, (list, dict)) or caption is None or not str(caption).strip():
                 raise UserError(f"picture {name}: its caption is {caption!r:.60}")
-            captions.append(str(caption).strip())
+            captions.append(str(caption).strip().encode("utf-8", "replace").decode())
         self.pixels = torch.stack([decode(name, picture, size) for name, picture, _ in
                                    tqdm(rows, desc="reading pictures", leave=False)])
         states = []                                                       # of each caption (length, D)

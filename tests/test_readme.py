@@ -3,6 +3,8 @@ import re
 
 import pytest
 
+import sample_diffusion
+import train_diffusion
 from conftest import ROOT
 
 READMES = ["README.md", "README.zh-CN.md"]
@@ -14,6 +16,17 @@ def test_links_into_the_code_name_what_is_defined_there(name):
     assert len(links) > 20
     for text, file in links:
         assert re.search(rf"^\s*(def|class) {text}\b|^{text}\s*=", (ROOT / file).read_text(), re.M), f"{file}: {text}"
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_flag_that_is_named_is_there(name, capsys):
+    there = {"--nproc-per-node"}                                            # torchrun's
+    for script in (train_diffusion, sample_diffusion):
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        there |= set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    named = set(re.findall(r"--[a-z][a-z-]*", (ROOT / name).read_text()))
+    assert len(named) > 10 and named <= there, named - there
 
 
 def test_no_figure_is_left_open():

@@ -390,8 +390,8 @@ def test_the_average_is_a_copy_that_has_moved(trained):
 
 
 @pytest.mark.parametrize("change", [lambda step, loss: loss * (math.inf if step == 1 else 1),
-                                    lambda step, loss: loss + ((loss * 0).sqrt() if step == 1 else 0)],
-                         ids=["loss", "gradient alone"])
+                                    lambda step, loss: loss + ((loss * 0).sqrt() if step == 3 else 0)],
+                         ids=["loss", "gradient of the last step alone"])
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(main, trained, tmp_path, change):
     out = tmp_path / "run"
     with pytest.raises(UserError, match="not finite at step .*no checkpoint was written yet.*--lr"):
