@@ -23,23 +23,14 @@ import os
 import sys
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 PATCH = 4      # pixels a side that are folded into channels: 64x64x3 is computed as 16x16x48 (JiT)
-STRIDE = 16    # pixels a side that one position of the deepest level covers: PATCH, then two halvings
+STRIDE = 8     # pixels a side that one position of the lower level covers: PATCH, then one halving
 HEAD_DIM = 32  # channels of one attention head
-
-
-@dataclass
-class UNetConfig:
-    """All that is needed to rebuild the network; the checkpoint stores it."""
-    image_size: int = 64    # pixels a side, as trained: a multiple of STRIDE
-    channels: int = 128     # width of the first level; the others have twice as many
-    context_dim: int = 512  # D, the text encoder's width
 
 
 def timestep_embedding(t, dim):
@@ -175,12 +166,13 @@ class UNet(nn.Module):
     x_t (B, 3, H, W), sides a multiple of STRIDE, else ValueError; t (B,) integers 0 ... T-1; context (B, L, D) the
     caption's token states; mask (B, L) True where a token is real, at least one per row. Returns x_0 (B, 3, H, W).
     Drawings fill a small part of the space of pictures, noise all of it: a small network answers with them best (JiT).
+    channels: width of the upper level, the lower has twice as many; context_dim: D, the text encoder's width.
     """
 
-    def __init__(self, config):
+    def __init__(self, image_size=64, channels=96, context_dim=512):
         super().__init__()
-        self.config = config
-        c, time, text = config.channels, 4 * config.channels, config.context_dim
+        self.config = dict(image_size=image_size, channels=channels, context_dim=context_dim)  # to rebuild it
+        c, time, text = channels, 4 * channels, context_dim
         self.time_mlp = nn.Sequential(nn.Linear(c, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
         # Most of a token's state is the same in all captions: train_diffusion.py puts the mean and standard deviation
         # over its captions here, so that what is left after them is what the captions say.
@@ -189,14 +181,11 @@ class UNet(nn.Module):
 
         self.conv_in = nn.Conv2d(3 * PATCH ** 2, c, 3, padding=1)
         self.down1 = DownBlock(c, c, time)                            # no attention: here it would cost most
-        self.downsample1 = nn.Conv2d(c, c, 3, stride=2, padding=1)
+        self.downsample = nn.Conv2d(c, c, 3, stride=2, padding=1)
         self.down2 = DownBlock(c, 2 * c, time, text)
-        self.downsample2 = nn.Conv2d(2 * c, 2 * c, 3, stride=2, padding=1)
-        self.down3 = DownBlock(2 * c, 2 * c, time, text)
         self.middle = MiddleBlock(2 * c, time, text)
-        self.up3 = UpBlock(2 * c + 2 * c, 2 * c, time, text)
-        self.upsample = nn.Upsample(scale_factor=2.0, mode="nearest")  # a transposed convolution makes checkerboards
         self.up2 = UpBlock(2 * c + 2 * c, 2 * c, time, text)
+        self.upsample = nn.Upsample(scale_factor=2.0, mode="nearest")  # a transposed convolution makes checkerboards
         self.up1 = UpBlock(2 * c + c, c, time)
         self.norm_out = nn.GroupNorm(32, c)
         self.conv_out = nn.Conv2d(c, 3 * PATCH ** 2, 3, padding=1)
@@ -205,19 +194,17 @@ class UNet(nn.Module):
         B, C, H, W = x_t.shape
         if H % STRIDE or W % STRIDE:
             raise ValueError(f"picture of {W}x{H} pixels: both sides must be a multiple of {STRIDE}")
-        time = self.time_mlp(timestep_embedding(t, self.config.channels))         # (B, 4c)
-        context = (context - self.text_mean) / self.text_std                      # (B, L, D)
+        time = self.time_mlp(timestep_embedding(t, self.config["channels"]))  # (B, 4c)
+        context = (context - self.text_mean) / self.text_std                  # (B, L, D)
 
-        x = self.conv_in(F.pixel_unshuffle(x_t, PATCH))                           # (B, c, 16, 16) for 64x64 pixels
-        skip1 = self.down1(x, time, context, mask)                                # (B, c, 16, 16)
-        skip2 = self.down2(self.downsample1(skip1), time, context, mask)          # (B, 2c, 8, 8)
-        skip3 = self.down3(self.downsample2(skip2), time, context, mask)          # (B, 2c, 4, 4)
-        x = self.middle(skip3, time, context, mask)                               # (B, 2c, 4, 4)
-        x = self.up3(x, skip3, time, context, mask)                               # (B, 2c, 4, 4)
-        x = self.up2(self.upsample(x), skip2, time, context, mask)                # (B, 2c, 8, 8)
-        x = self.up1(self.upsample(x), skip1, time, context, mask)                # (B, c, 16, 16)
-        x = self.conv_out(F.silu(self.norm_out(x)))                               # (B, 48, 16, 16)
-        return F.pixel_shuffle(x.float(), PATCH)                                  # (B, 3, 64, 64)
+        x = self.conv_in(F.pixel_unshuffle(x_t, PATCH))                       # (B, c, 16, 16) for 64x64 pixels
+        skip1 = self.down1(x, time, context, mask)                            # (B, c, 16, 16)
+        skip2 = self.down2(self.downsample(skip1), time, context, mask)       # (B, 2c, 8, 8)
+        x = self.middle(skip2, time, context, mask)                           # (B, 2c, 8, 8)
+        x = self.up2(x, skip2, time, context, mask)                           # (B, 2c, 8, 8)
+        x = self.up1(self.upsample(x), skip1, time, context, mask)            # (B, c, 16, 16)
+        x = self.conv_out(F.silu(self.norm_out(x)))                           # (B, 48, 16, 16)
+        return F.pixel_shuffle(x.float(), PATCH)                              # (B, 3, 64, 64)
 
 
 class TextEncoder(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (NoiseScheduler, TextEncoder, UNet, UNetConfig, UserError, ask_hub, autocast, check_writable,
+from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
                    first_line, generator_for, pick_device, run, to_uint8, write_atomically)
 
 FORMAT = "text-to-image-diffusion-3"  # marks a checkpoint as ours, and its version
@@ -109,7 +109,7 @@ def draw(unet, scheduler, text, no_text, seeds, steps=STEPS, guidance_scale=GUID
     seeds: B tuples of whole numbers. A picture's noise follows from its own, whatever batch it is drawn in.
     on_step: called with every x_t of every batch.
     """
-    device, size, pictures = scheduler.signal.device, unet.config.image_size, []
+    device, size, pictures = scheduler.signal.device, unet.config["image_size"], []
     for start in range(0, len(seeds), BATCH):
         generators = [generator_for(*key) for key in seeds[start:start + BATCH]]
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
@@ -171,14 +171,14 @@ def main(argv=None):
     checkpoint = load_checkpoint(path)
     with checkpoint_errors(path):
         scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
-        unet = UNet(UNetConfig(**checkpoint["config"])).to(device).eval()
+        unet = UNet(**checkpoint["config"]).to(device).eval()
         unet.load_state_dict(checkpoint["ema"])
         name = args.text_encoder or checkpoint["flags"]["text_encoder"]
         trained_on = f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['dataset']}"
     ask_hub(name)
     encoder = TextEncoder(name)
-    if encoder.dim != unet.config.context_dim:
-        raise UserError(f"--text-encoder: {name} is {encoder.dim} wide, that of {path} {unet.config.context_dim}")
+    if encoder.dim != unet.config["context_dim"]:
+        raise UserError(f"--text-encoder: {name} is {encoder.dim} wide, that of {path} {unet.config['context_dim']}")
 
     states, mask = encoder([*args.prompts, ""])                             # one call, so all have one length L
     row = torch.arange(len(args.prompts)).repeat_interleave(args.num_images)

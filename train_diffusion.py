@@ -23,7 +23,6 @@ import unicodedata
 from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -34,23 +33,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (STRIDE, NoiseScheduler, TextEncoder, UNet, UNetConfig, UserError, ask_hub, autocast, check_writable,
+from model import (STRIDE, NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
                    download_help, first_line, generator_for, pick_device, run, write_atomically)
 from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, draw, encoded, load_checkpoint, number
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=64, epochs=90, batch_size=16, lr=4e-3, sample_every=15,    # minutes on 2 CPU cores
+            image_size=32, channels=64, epochs=72, batch_size=32, sample_every=15,    # minutes on 2 CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
 CAPTION_DROPOUT = 0.1    # share of training examples whose caption is dropped: 'no caption' is learned too (CFG)
-MAX_WEIGHT = 5           # cap of the squared error's weight at the clean end of the noise levels
-L1_WEIGHT = 3            # weight of the absolute error there
+L1_WEIGHT = 10           # weight of the absolute error at the clean end of the noise levels
 VALIDATION_SHARE = 0.1   # of the pictures are never trained on ...
-MAX_VALIDATION = 64      # ... and at most so many of them are looked at after each epoch
+MAX_VALIDATION = 32      # ... and at most so many of them are looked at after each epoch
 WARMUP_STEPS = 50        # the learning rate rises over these, then falls on a cosine
-WEIGHT_DECAY = 0.01      # of AdamW
+ADAMW_SHARE = 0.3        # of --lr is the learning rate of what AdamW learns
+WEIGHT_DECAY = 0.01      # of Muon and AdamW
+MOMENTUM = 0.95          # of Muon
 EMA_DECAY = 0.999        # EMA of the weights: over the last 1 / (1 - 0.999) = 1,000 steps; the decay warms up
 CLIP_NORM = 1.0          # gradients longer than this are shortened to it
 SAMPLES = 6              # pictures of each prompt on a sample sheet
@@ -75,11 +75,11 @@ def parse_args(argv=None):
     add("--text-encoder", default="openai/clip-vit-base-patch32", help="hub name or folder of a CLIP text encoder")
     add("--demo", action="store_true", help="train a small model on the drawings in examples/, without a network")
     add("--image-size", type=number(int, STRIDE, 1024), default=64, help=f"pixels a side, a multiple of {STRIDE}")
-    add("--channels", type=number(int, 32, 1024), default=UNetConfig.channels, help="width of the UNet's first level")
+    add("--channels", type=number(int, 32, 1024), default=96, help="width of the UNet's upper level")
     add("--epochs", type=count, default=1000, help="passes over the training pictures, in all; if raised on --resume, "
                                                   "the learning rate goes on on the longer curve")
-    add("--batch-size", type=count, default=8, help="pictures per step")
-    add("--lr", type=number(float, 1e-9, 1), default=2e-3, help="highest learning rate of AdamW")
+    add("--batch-size", type=count, default=16, help="pictures per step")
+    add("--lr", type=number(float, 1e-9, 1), default=0.02, help="highest learning rate of Muon")
     add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")
     add("--sample-every", type=count, default=10, help="epochs between sample sheets")
@@ -109,18 +109,16 @@ def read_rows(args):
     """--dataset -> [(name, picture as a path or the bytes of a file, caption)], in order. Raises UserError."""
     path = Path(args.dataset)
     path = path / "train" if (path / "dataset_dict.json").is_file() else path       # what save_to_disk makes
-    files = list(walk(path, args.output_dir)) if path.is_dir() else [path]
-    tables = [file for file in files if file.suffix in (".parquet", ".arrow") and not file.name.startswith("cache-")]
-    tables = [file for file in tables if file.name.startswith("train-")] or tables
     if not path.exists():
-        rows = list(table_rows(hub_table(args.dataset), args.dataset, args))
-    elif metadata := [file for file in files if file.name in ("metadata.jsonl", "metadata.csv")]:
-        by_name = {same_name(file): file for file in files}
-        rows = [row for file in metadata for row in metadata_rows(file, by_name, args)]
-    elif tables:
-        rows = [row for file in tables for row in table_rows(read_table(file), file, args)]
-    else:
-        rows = list(text_file_rows(files)) if path.is_dir() else []
+        return list(table_rows(hub_table(args.dataset), path, {}, args))
+    files = list(walk(path, args.output_dir)) if path.is_dir() else [path]
+    metadata = {file.parent: file for file in files if file.name in ("metadata.csv", "metadata.jsonl")}  # one a folder
+    tables = [file for file in files if file.suffix.lower() in (".parquet", ".arrow")
+              and not file.name.startswith("cache-")]
+    tables = metadata.values() or [file for file in tables if file.name.startswith("train-")] or tables
+    by_name = {same_name(file): file for file in files}
+    rows = ([row for file in tables for row in table_rows(read_table(file), file, by_name, args)] if tables else
+            list(text_file_rows(files)))
     if not rows:
         raise UserError(f"--dataset {path}: no metadata.jsonl or metadata.csv, no .parquet file and no picture in it")
     return rows
@@ -152,47 +150,24 @@ def read_text(path):
         raise UserError(f"{path} is no text in UTF-8: {first_line(error)}") from error
 
 
-def caption_column(columns, source, args):
-    """The name of the column that holds the captions. Raises UserError."""
-    wanted = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
-    for name in wanted:
-        if name in columns:
-            return name
-    raise UserError(f"--caption-column: {source} has no {' or '.join(map(repr, wanted))}, only "
-                    f"{', '.join(map(str, columns))}")
-
-
-def metadata_rows(file, by_name, args):
-    """metadata.jsonl or metadata.csv, with the columns file_name and text -> rows."""
-    text = io.StringIO(read_text(file), newline="")
-    try:
-        table = (list(csv.DictReader(text, strict=True)) if file.suffix == ".csv" else
-                 [dict(json.loads(line)) for line in text if line.strip()])
-    except (ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{file}: {first_line(error)}") from error
-    for row in table:
-        if "file_name" not in row or None in row:                         # None: csv's name for cells beyond the header
-            raise UserError(f"{file}: no file_name, or more cells than columns (a comma without quotes?): {row!r:.99}")
-        path = file.parent / str(row["file_name"])
-        if same_name(path) not in by_name and not os.path.isfile(path):
-            raise UserError(f"{file}: there is no picture {row['file_name']}")
-        yield str(path), by_name.get(same_name(path), path), row[caption_column(list(row), file, args)]
-
-
 def read_table(file):
-    """A .parquet or .arrow file -> datasets.Dataset. Raises UserError."""
+    """A .csv, .jsonl, .parquet or .arrow file -> its rows, each a dict. Raises UserError."""
     import datasets
     import pyarrow.parquet
     try:
+        if file.suffix == ".csv":
+            return list(csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True))
+        if file.suffix == ".jsonl":
+            return [dict(json.loads(line)) for line in io.StringIO(read_text(file), newline="") if line.strip()]
         if file.suffix == ".arrow":
-            return datasets.Dataset.from_file(str(file))
-        return datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(file)))
-    except Exception as error:  # pyarrow's and datasets' own, for what is no such file or has an odd schema
+            return list(plain(datasets.Dataset.from_file(str(file))))
+        return list(plain(datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(file)))))
+    except Exception as error:  # each library's own, for what is no such file or has an odd schema
         raise UserError(f"{file}: {first_line(error)}") from error
 
 
 def hub_table(name):
-    """The name of a data set on the hub -> datasets.Dataset, its split 'train', or the only one. Raises UserError."""
+    """A data set on the hub -> the rows of its split 'train', or of the only one. Raises UserError."""
     import datasets
     try:
         splits = datasets.load_dataset(name)
@@ -200,26 +175,36 @@ def hub_table(name):
         raise UserError(f"--dataset {name}: {download_help('--dataset', name, error)}") from error
     if "train" not in splits and len(splits) > 1:
         raise UserError(f"--dataset {name}: no split 'train', only {', '.join(splits)}")
-    return splits.get("train", next(iter(splits.values())))
+    return plain(splits.get("train", next(iter(splits.values()))))
 
 
-def table_rows(table, source, args):
-    """datasets.Dataset -> rows. Pictures are bytes, a path, or a struct of both; class labels become their names."""
-    import datasets
-    column, names = args.image_column, table.column_names
-    if column not in names:
-        raise UserError(f"--image-column: {source} has no column {column!r}, only {', '.join(names)}")
-    text = caption_column(names, source, args)
-    if isinstance(table.features[column], datasets.Image):
-        table = table.cast_column(column, datasets.Image(decode=False))
-    label = dict(enumerate(getattr(table.features[text], "names", ())))
-    for i, row in enumerate(table.select_columns(list({column, text}))):
-        picture = row[column]
+def plain(table):
+    """datasets.Dataset -> its rows, each a dict: pictures as they are stored, class labels as their names."""
+    labels = {name: dict(enumerate(feature.names)) for name, feature in table.features.items()
+              if hasattr(feature, "names")}
+    for part in table.with_format("arrow").iter(100):
+        for row in part.to_pylist():
+            yield row | {name: names.get(row[name]) for name, names in labels.items()}
+
+
+def table_rows(table, source, by_name, args):
+    """Rows as dicts -> rows. Pictures are paths, bytes, or a struct of both. Raises UserError for a missing column."""
+    column = "file_name" if source.suffix in (".csv", ".jsonl") else args.image_column
+    captions = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
+    for i, row in enumerate(table):
+        if None in row:                                                   # csv's name for cells beyond the header
+            raise UserError(f"{source}: more cells than columns (a comma without quotes?): {row!r:.99}")
+        caption = next((name for name in captions if name in row), None)
+        if column not in row or caption is None:
+            wrong = ("--caption-column", captions) if column in row else ("--image-column", [column])
+            raise UserError(f"{wrong[0]}: {source} has no {' or '.join(map(repr, wrong[1]))}, only {', '.join(row)}")
+        picture, name = row[column], f"in row {i}, column {column!r} of {source}"
         if isinstance(picture, dict):
             picture = picture.get("bytes") or picture.get("path")
         if isinstance(picture, str):
-            picture = Path(source).parent / picture
-        yield f"{i} in column {column!r} of {source}", picture, label.get(row[text]) if label else row[text]
+            name = f"{picture} {name}"
+            picture = by_name.get(same_name(source.parent / picture), source.parent / picture)
+        yield name, picture, row[caption]
 
 
 def text_file_rows(files):
@@ -319,15 +304,13 @@ def training_batch(pictures, indices, scheduler, generator):
 def diffusion_loss(unet, scheduler, x_0, states, mask, t, noise):
     """How far the network's clean picture is from x_0 at the times t, one number per picture: (B,).
 
-    The squared error divided by 1 - alpha_bar is the v-loss (Salimans and Ho 2022, arXiv 2202.00512), as in JiT; the
-    weight is capped, so that it is not spent on the cleanest levels (min-SNR: Hang et al. 2023, arXiv 2303.09556).
-    The absolute error, the more the cleaner x_t is, keeps paper white and colours flat.
+    Deep in the noise the squared error, whose best answer is the mean of all pictures that fit (DDPM); the cleaner x_t
+    is, the more the absolute error, whose best answer is the median: white paper, flat colours, sharp outlines.
     """
     x_t = scheduler.add_noise(x_0, noise, t)                                    # (B, 3, H, W)
     error = unet(x_t, t, states, mask) - x_0                                    # (B, 3, H, W)
-    weight = (1 / scheduler.noise[t].square()).clamp(max=MAX_WEIGHT)            # (B, 1, 1, 1)
-    loss = weight * error.square() + L1_WEIGHT * scheduler.signal[t].square() * error.abs()
-    return loss.mean(dim=(1, 2, 3))
+    alpha_bar = scheduler.signal[t].square()                                    # (B, 1, 1, 1)
+    return (error.square() + L1_WEIGHT * alpha_bar * error.abs()).mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -346,6 +329,46 @@ def validate(unet, scheduler, pictures, indices, batch_size, seed):
             batch = (*pictures.batch(indices[part], captions[part]), t[part], noise[part])
             losses[i] += diffusion_loss(unet, scheduler, *(tensor.to(device) for tensor in batch)).sum() / n
     return losses.tolist()
+
+
+def orthogonal(matrix):
+    """(m, n) -> the same singular vectors, with all singular values near 1: three Newton-Schulz iterations (Muon)."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(3):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, with each update made orthogonal, so that all directions of a weight matrix learn equally fast.
+
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon. A convolution's weight (O, I, 3, 3) is taken as (O, 9 I).
+    """
+
+    def __init__(self, weights, lr):
+        super().__init__(weights, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self):
+        for weight in self.param_groups[0]["params"]:
+            lr, state = self.param_groups[0]["lr"], self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
+            update = orthogonal(weight.grad.lerp(state["momentum"], MOMENTUM).flatten(1))  # Nesterov's look ahead
+            weight.mul_(1 - lr * WEIGHT_DECAY)
+            weight.sub_(update.view_as(weight), alpha=lr * max(1, update.shape[0] / update.shape[1]) ** 0.5)
+
+
+def optimizers_for(unet, lr):
+    """Muon for the matrices, AdamW for what it can't do or where it costs too much: gains, biases, the time's layers."""
+    matrices = {name for name, weight in unet.named_parameters() if weight.ndim > 1 and "time" not in name}
+    groups = [[weight for name, weight in unet.named_parameters() if (name in matrices) == wanted]
+              for wanted in (True, False)]
+    return Muon(groups[0], lr), torch.optim.AdamW(groups[1], ADAMW_SHARE * lr, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def learning_rate(step, steps, peak):
@@ -458,15 +481,15 @@ def main(argv=None):
     if not steps_per_epoch:
         raise UserError(f"--batch-size {args.batch_size}: {args.dataset} has only {len(training)} pictures to train on")
 
-    # Network, its average, optimizer
+    # Network, its average, optimizers
     torch.manual_seed(args.seed)                                  # the weights' first values
-    unet = UNet(UNetConfig(args.image_size, args.channels, pictures.states.shape[-1]))
+    unet = UNet(args.image_size, args.channels, pictures.states.shape[-1])
     tokens = pictures.states[training][pictures.mask[training]]   # (tokens, D)
     unet.text_mean, unet.text_std = tokens.mean(dim=0), tokens.std(dim=0).clamp(min=0.01)
     unet.to(device)
     ema = deepcopy(unet).eval().requires_grad_(False)             # what validation and samples show
     model = DistributedDataParallel(unet) if processes > 1 else unet
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizers = optimizers_for(unet, args.lr)
     scheduler = NoiseScheduler().to(device)
 
     # Where the run stands
@@ -484,7 +507,8 @@ def main(argv=None):
                 raise UserError(f"--resume: {path} was trained otherwise: {'; '.join(differ)}")
             unet.load_state_dict(checkpoint["model"])
             ema.load_state_dict(checkpoint["ema"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
+            for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
+                optimizer.load_state_dict(saved)
             state = {name: checkpoint[name] for name in state}
 
     def check_finite():
@@ -498,10 +522,10 @@ def main(argv=None):
         check_finite()
         if rank == 0:
             file = io.BytesIO()
-            torch.save(to_cpu(dict(state, loss_sum=float(state["loss_sum"]), format=FORMAT, config=asdict(unet.config),
+            torch.save(to_cpu(dict(state, loss_sum=float(state["loss_sum"]), format=FORMAT, config=unet.config,
                                    num_timesteps=scheduler.num_timesteps, flags=flags, dataset=args.dataset,
                                    fingerprint=pictures.fingerprint, model=dict(unet.state_dict()),
-                                   ema=dict(ema.state_dict()), optimizer=optimizer.state_dict())), file)
+                                   ema=dict(ema.state_dict()), optimizers=[o.state_dict() for o in optimizers])), file)
             write_atomically(path, file.getvalue())
 
     steps = args.epochs * steps_per_epoch
@@ -527,9 +551,10 @@ def main(argv=None):
                     loss = diffusion_loss(model, scheduler, *share).mean()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), CLIP_NORM)
-                optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer, share in zip(optimizers, (1, ADAMW_SHARE)):
+                    optimizer.param_groups[0]["lr"] = share * lr
+                    optimizer.step()
+                    optimizer.zero_grad()
                 update_ema(ema, unet, step)
 
                 loss = (loss.detach() + 0 * norm) / processes     # 0 * inf is not a number: one check finds either

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from model import NoiseScheduler, TextEncoder, UNet, UNetConfig  # noqa: E402
+from model import NoiseScheduler, TextEncoder, UNet  # noqa: E402
 
 TINY_CLIP = str(ROOT / "examples" / "tiny_clip")
 
@@ -48,7 +48,7 @@ def encoder():
 def unet():
     """A small UNet, untrained."""
     torch.manual_seed(0)
-    return UNet(UNetConfig(image_size=32, channels=32, context_dim=24)).eval()
+    return UNet(image_size=32, channels=32, context_dim=24).eval()
 
 
 @pytest.fixture(scope="session")

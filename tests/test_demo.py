@@ -11,7 +11,7 @@ from PIL import Image
 import sample_diffusion
 from conftest import ROOT, run
 from eyes import COLOURS, LEFT_OUT, body_colour, look
-from model import NoiseScheduler, TextEncoder, UNet, UNetConfig
+from model import NoiseScheduler, TextEncoder, UNet
 
 
 # Of what the same eyes see in the drawings; see diffusion_results/README.md for what was measured
@@ -22,7 +22,7 @@ AT_LEAST = dict(paper=0.94, flat=0.86, eyes=0.60, body=0.95, tail=0.90, ears=0.4
 def trained(demo):
     """(unet, encoder) as sample_diffusion.py loads them."""
     checkpoint = sample_diffusion.load_checkpoint(demo / "output" / "demo" / "checkpoint.pt")
-    unet = UNet(UNetConfig(**checkpoint["config"])).eval()
+    unet = UNet(**checkpoint["config"]).eval()
     unet.load_state_dict(checkpoint["ema"])
     return unet, TextEncoder(checkpoint["flags"]["text_encoder"])
 
@@ -70,7 +70,7 @@ def test_and_so_it_has_where_the_combination_was_never_drawn(trained):
 def by_caption(trained):
     """Guided samples for the captions of 128 drawings, and these drawings at their size, both uint8 (128, H, W, 3)."""
     rows = [json.loads(line) for line in open(ROOT / "examples" / "creatures" / "metadata.jsonl")][:128]
-    size, captions = trained[0].config.image_size, [row["text"] for row in rows]
+    size, captions = trained[0].config["image_size"], [row["text"] for row in rows]
     drawings = np.stack([np.asarray(Image.open(ROOT / "examples" / "creatures" / row["file_name"])
                                     .resize((size, size), Image.Resampling.BILINEAR)) for row in rows])
     return draw(trained, captions, sample_diffusion.GUIDANCE_SCALE), drawings, captions

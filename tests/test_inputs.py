@@ -307,7 +307,7 @@ def test_class_labels_are_their_names(tmp_path):
 def test_a_picture_without_a_class_is_named(tmp_path, encoder, label):
     labelled(tmp_path / "a.parquet", [0, 1, label])
     said = refused(lambda: train_diffusion.Pictures(read(tmp_path, "--caption-column", "label"), 16, encoder))
-    assert "2 in column 'image'" in said and "a.parquet" in said
+    assert "row 2, column 'image'" in said and "a.parquet" in said
 
 
 @pytest.mark.parametrize("caption", [None, "", " \n", ["a", "b"], {"en": "a"}])
@@ -374,9 +374,9 @@ def test_file_names_in_metadata(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "x" * 5000, "a\0b.png", None, 7, "missing.png"])
-def test_a_file_name_that_names_nothing(tmp_path, name):
+def test_a_file_name_that_names_nothing(tmp_path, encoder, name):
     (tmp_path / "metadata.jsonl").write_text(json.dumps(dict(file_name=name, text="a")))
-    assert "metadata.jsonl" in refused(read, tmp_path)
+    assert "metadata.jsonl" in refused(lambda: train_diffusion.Pictures(read(tmp_path), 16, encoder))
 
 
 # ---------------------------------------------------------------------------------------------- the hub

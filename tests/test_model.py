@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import model
-from model import HEAD_DIM, Attention, UNet, UNetConfig, UserError, generator_for, to_uint8
+from model import HEAD_DIM, Attention, UNet, UserError, generator_for, to_uint8
 
 
 def inputs(B=2, L=5, size=32, dim=24, seed=0):
@@ -46,7 +46,7 @@ def test_every_token_of_a_caption_reaches_the_output(unet):
 
 def test_every_parameter_gets_a_gradient():
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(image_size=32, channels=32, context_dim=24))
+    unet = UNet(image_size=32, channels=32, context_dim=24)
     (unet(*inputs()) - 1).square().mean().backward()
     without = [name for name, p in unet.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
@@ -56,7 +56,7 @@ def test_every_parameter_gets_a_gradient():
 def test_the_scale_of_the_features_does_not_multiply_from_level_to_level():
     """A long run was lost to that: from step 2,400 on the features grew to a billion, and what blocks add drowned."""
     torch.manual_seed(0)
-    unet = UNet(UNetConfig(image_size=32, channels=32, context_dim=24))
+    unet = UNet(image_size=32, channels=32, context_dim=24)
     seen = []
     unet.norm_out.register_forward_hook(lambda module, args, out: seen.append(args[0].std().item()))
     unet(*inputs())
@@ -94,7 +94,7 @@ def test_in_half_precision_the_picture_is_still_float32_and_nearly_the_same(unet
 
 def test_the_default_network_costs_a_quarter_of_the_code_it_started_from():
     from torch.utils.flop_counter import FlopCounterMode
-    unet = UNet(UNetConfig())
+    unet = UNet()
     with FlopCounterMode(display=False) as flops, torch.no_grad():
         unet(*inputs(B=1, L=20, size=64, dim=512))
     assert flops.get_total_flops() / 2e9 < 15.5 / 4  # GMAC of one forward pass
