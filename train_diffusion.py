@@ -309,7 +309,7 @@ def diffusion_loss(unet, scheduler, x_0, states, mask, t, noise):
     """
     x_t = scheduler.add_noise(x_0, noise, t)                                    # (B, 3, H, W)
     error = unet(x_t, t, states, mask) - x_0                                    # (B, 3, H, W)
-    alpha_bar = scheduler.signal[t].square()                                    # (B, 1, 1, 1)
+    alpha_bar = scheduler.signal[t].square()                                   # (B, 1, 1, 1)
     return (error.square() + L1_WEIGHT * alpha_bar * error.abs()).mean(dim=(1, 2, 3))
 
 

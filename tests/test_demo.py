@@ -123,4 +123,4 @@ def test_the_same_seed_gives_the_same_picture_in_any_batch(trained):
 
 def test_checkpoints_hold_tensors_and_plain_values_only(demo):
     checkpoint = torch.load(demo / "output" / "demo" / "checkpoint.pt", weights_only=True)
-    assert {"config", "flags", "model", "ema", "optimizer", "step", "epoch", "format"} <= set(checkpoint)
+    assert {"config", "flags", "model", "ema", "optimizers", "step", "epoch", "format"} <= set(checkpoint)

@@ -263,7 +263,7 @@ def test_a_checkpoint_of_another_version(sample, checkpoint, tmp_path, kind):
     assert [file.name for file in tmp_path.iterdir()] == ["other.pt"]
 
 
-@pytest.mark.parametrize("kind", ["format", "weight missing", "weight of another shape", "model", "flags", "optimizer",
+@pytest.mark.parametrize("kind", ["format", "weight missing", "weight of another shape", "model", "flags", "optimizers",
                                   "ema", "fingerprint", "step", "log"])
 def test_resuming_from_a_checkpoint_of_another_version(checkpoint, capfd, tmp_path, kind):
     torch.save(of_another_version(kind, checkpoint()), tmp_path / "checkpoint.pt")

@@ -227,7 +227,7 @@ def first_captions(folder):
 
 def test_states_are_those_of_the_encoder(folder, encoder, pictures):
     captions = dict(zip([f"{i}.png" for i in range(20)], first_captions(folder)))
-    names = [Path(name).name for name, _, _ in train.read_rows(args_for(folder))]
+    names = [Path(picture).name for _, picture, _ in train.read_rows(args_for(folder))]
     states, mask = encoder([captions[name] for name in names])
     _, found, found_mask = pictures.batch(list(range(20)))
     assert torch.equal(found_mask, mask)
@@ -338,8 +338,41 @@ def test_the_network_sees_captions_by_what_they_differ_in(main, pictures):
     assert torch.allclose(seen[0][mask].std(dim=0), torch.ones(dim), atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (12, 12)])
+def test_orthogonal_keeps_the_singular_vectors_and_evens_out_their_values(shape):
+    u, values, v = torch.linalg.svd(torch.randn(shape, generator=generator_for(3)), full_matrices=False)
+    found = u.T @ train.orthogonal(u @ torch.diag(values.clamp(min=values[0] / 20)) @ v) @ v.T
+    assert (found - torch.diag(found.diagonal())).abs().max() < 1e-4
+    assert 0.3 < found.diagonal().min() and found.diagonal().max() < 1.3
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_agrees_with_torchs_own(shape):
+    """It computes in bfloat16, and takes nothing but matrices."""
+    ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=generator_for(1))) for _ in range(2))
+    start = ours.detach().clone()
+    optimizers = [train.Muon([ours], 0.02),
+                  torch.optim.Muon([theirs], 0.02, weight_decay=train.WEIGHT_DECAY, momentum=train.MOMENTUM, ns_steps=3)]
+    for step in range(5):
+        ours.grad = torch.randn(shape, generator=generator_for(2, step))
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.03 * (ours - start).norm()
+
+
+def test_every_weight_has_one_optimizer_and_all_but_the_times_matrices_have_muon(pictures):
+    unet = UNet(image_size=16, channels=32, context_dim=pictures.states.shape[-1])
+    muon, adamw = (optimizer.param_groups[0]["params"] for optimizer in train.optimizers_for(unet, 0.02))
+    assert len(muon) + len(adamw) == len(list(unet.parameters())) == len({id(weight) for weight in [*muon, *adamw]})
+    assert all(weight.ndim > 1 for weight in muon)
+    names = {id(weight): name for name, weight in unet.named_parameters()}
+    assert all("time" in names[id(weight)] for weight in adamw if weight.ndim > 1)
+
+
 def test_gradients_are_clipped(main, monkeypatch):
-    monkeypatch.setattr(torch.optim, "AdamW", lambda weights, **_: torch.optim.SGD(weights, lr=9))  # lr * gradient
+    monkeypatch.setattr(train, "optimizers_for", lambda unet, lr: [torch.optim.SGD(unet.parameters(), lr)])  # lr * gradient
     weights = []
 
     def look(step, unet, batch):
@@ -499,10 +532,10 @@ def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(main, trained, tmp_
 def test_more_epochs_go_on_on_the_longer_curve_whatever_log_csv_says(main, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "log.csv").write_bytes(b"\xff\0,\n1,2,3,4,5,6,7,8,9,10\n")
-    main("--epochs", 2, "--resume", "--lr", 2e-3)
+    main("--epochs", 2, "--resume", "--lr", 0.02)
     rows = logged(tmp_path / "run")
     assert [row["epoch"] for row in rows] == ["1", "2"] and rows[0] == logged(trained)[0]
-    assert float(rows[1]["lr"]) == pytest.approx(train.learning_rate(7, 8, 2e-3), rel=1e-2)
+    assert float(rows[1]["lr"]) == pytest.approx(train.learning_rate(7, 8, 0.02), rel=1e-2)
 
 
 @pytest.fixture
@@ -547,7 +580,7 @@ def test_a_run_goes_on_only_as_it_began(main, trained, tmp_path):
     shutil.copytree(TINY_CLIP, tmp_path / "clip")
     next(p for name, p in other.named_parameters() if name.endswith("final_layer_norm.bias")).data += 1
     other.save_pretrained(tmp_path / "clip")
-    for flags, named in [(["--lr", 0.5], "--lr is 0.5, was 0.002"), (["--channels", 64], "--channels is 64, was 32"),
+    for flags, named in [(["--lr", 0.5], "--lr is 0.5, was 0.02"), (["--channels", 64], "--channels is 64, was 32"),
                          (["--seed", 3], "--seed is 3, was 0"), (["--text-encoder", tmp_path / "clip"], "text-encoder")]:
         with pytest.raises(UserError, match=named):
             main("--epochs", 2, "--resume", *flags)
