@@ -364,7 +364,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers_for(unet, lr):
-    """Muon for the matrices, AdamW for what it can't do or where it costs too much: gains, biases, the time's layers."""
+    """Muon for the matrices, AdamW for gains and biases, and for the time's layers, where Muon would cost too much."""
     matrices = {name for name, weight in unet.named_parameters() if weight.ndim > 1 and "time" not in name}
     groups = [[weight for name, weight in unet.named_parameters() if (name in matrices) == wanted]
               for wanted in (True, False)]

@@ -24,11 +24,12 @@ WORDED = ["a red fire type pokemon, an animal on four legs",
           "a green bug type pokemon, a bug with a hard shell", "a purple poison type pokemon, a blob with a wide base"]
 
 
-def make(run, path, *arguments):
-    """Call the sampler on a run's checkpoint and keep the sheet, or with --animate the .gif."""
+def make(checkpoint, path, *arguments):
+    """Call the sampler on a checkpoint, or a run's own, and keep the sheet, or with --animate the .gif."""
+    checkpoint = checkpoint / "checkpoint.pt" if checkpoint.is_dir() else checkpoint
     with tempfile.TemporaryDirectory() as folder:
         sheet = Path(folder, "sheet.png")
-        sampling.main([*arguments, "--checkpoint", str(run / "checkpoint.pt"), "--output", str(sheet)])
+        sampling.main([*arguments, "--checkpoint", str(checkpoint), "--output", str(sheet)])
         shutil.copy(sheet.with_suffix(path.suffix), path)
 
 
@@ -41,6 +42,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--demo", type=Path, help="a run with --demo, on whose checkpoint tests/quality.py was called")
     parser.add_argument("--pokemon", type=Path, help="a run on the pokemon drawings")
+    parser.add_argument("--over-time", type=Path, nargs="+", help="checkpoints kept on the way, the earliest first")
     args = parser.parse_args()
     if args.demo:
         make(args.demo, HERE / "demo_samples.png", *DEMO, "--num-images", "6")
@@ -57,6 +59,12 @@ def main():
         sheets = sorted((args.pokemon / "samples").glob("epoch_*.png"))
         below([sheets[round(i)] for i in np.linspace(0, len(sheets) - 1, 3)], HERE / "progress.png")
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
+    if args.over_time:
+        with tempfile.TemporaryDirectory() as folder:
+            sheets = [Path(folder, f"{i}.png") for i in range(len(args.over_time))]
+            for checkpoint, sheet in zip(args.over_time, sheets):
+                make(checkpoint, sheet, WORDED[0], "--num-images", "6")
+            below(sheets, HERE / "over_time.png")
 
 
 if __name__ == "__main__":

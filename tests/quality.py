@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eyes  # noqa: E402
 import sample_diffusion as sampling  # noqa: E402
 import train_diffusion as train  # noqa: E402
-from model import NoiseScheduler, TextEncoder, UNet, UserError, autocast, pick_device, run, write_atomically  # noqa: E402
+from model import (NoiseScheduler, TextEncoder, UNet, UserError, autocast, pick_device, run,  # noqa: E402
+                   write_atomically)
 
 HUES = dict(red=0, yellow=60, green=120, blue=240)  # degrees, of the colour words
 COPY = 1 / 3  # nearest training picture nearer than this share of the second nearest: a copy (2310.02557)
@@ -105,17 +106,18 @@ def main():
     chosen = ((held_out + training) * count)[:count]           # their captions; the held-out ones first
 
     def draw(states, mask, steps, scale):
-        """One picture for each row of states, with a progress bar."""
-        with tqdm(total=len(states) * steps, leave=False, unit=" picture steps") as bar:
-            return sampling.draw(unet, scheduler, (states, mask), (pictures.states[-1:], pictures.mask[-1:]),
-                                 [(0, i) for i in range(len(states))], steps, scale, lambda x_t: bar.update(len(x_t)))
+        """One picture for each row of states but the last, the empty caption's; with a progress bar."""
+        seeds = [(0, i) for i in range(len(states) - 1)]
+        with tqdm(total=len(seeds) * steps, leave=False, unit=" picture steps") as bar:
+            return sampling.draw(unet, scheduler, (states[:-1], mask[:-1]), (states[-1:], mask[-1:]), seeds, steps,
+                                 scale, lambda x_t: bar.update(len(x_t)))
 
     print(f"epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 60:.0f} minutes of training steps")
     with autocast(device):
         losses = train.validate(unet, scheduler, pictures, held_out, 16, flags["seed"])
     print("held-out loss: right caption {:.5f}, shuffled {:.5f}, none {:.5f}".format(*losses))
-    print(f"held-out drawings that would count as copies: {copies(pictures.pixels[held_out], pictures.pixels[training])[0]}"
-          f" of {len(held_out)}")
+    number, _ = copies(pictures.pixels[held_out], pictures.pixels[training])
+    print(f"held-out drawings that would count as copies: {number} of {len(held_out)}")
     captions = [str(caption) for _, _, caption in rows]
     is_demo = Path(checkpoint["dataset"]).name == "creatures"
 
@@ -135,13 +137,13 @@ def main():
         words = [re.findall("|".join(HUES), caption) for caption in captions]
         of_one = [i for i, found in enumerate(words) if len(found) == 1]
         asked = [word for word in HUES for _ in range(32)]
-        states, mask = encoder([f"a {word} pokemon" for word in asked])
+        states, mask = encoder([*(f"a {word} pokemon" for word in asked), ""])
         print("colour words: {:.3f} of 4 x 32 samples, {:.3f} of the drawings whose caption has one of them".format(
             share_of_colours(draw(states, mask, args.steps[0], args.scale[0]), asked),
             share_of_colours(pictures.pixels[of_one], [words[i][0] for i in of_one])), flush=True)
     for steps in args.steps:
         for scale in args.scale:
-            drawn = draw(pictures.states[chosen], pictures.mask[chosen], steps, scale)
+            drawn = draw(pictures.states[[*chosen, -1]], pictures.mask[[*chosen, -1]], steps, scale)
             report(f"{count} samples, {steps} steps, guidance {scale:g}", drawn, [captions[i] for i in chosen])
             number, nearest = copies(drawn, pictures.pixels[training])
             print(f"    copies {number}", end="")

@@ -15,7 +15,7 @@ from model import NoiseScheduler, TextEncoder, UNet
 
 
 # Of what the same eyes see in the drawings; see diffusion_results/README.md for what was measured
-AT_LEAST = dict(paper=0.94, flat=0.86, eyes=0.60, body=0.95, tail=0.90, ears=0.45, wings=0.80)
+AT_LEAST = dict(paper=0.97, flat=0.90, eyes=0.70, body=0.95, tail=0.90, ears=0.45, wings=0.90)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def test_the_body_has_the_colour_asked_for(guided):
 def test_and_so_it_has_where_the_combination_was_never_drawn(trained):
     wanted = pairs(left_out=True)
     pictures = draw(trained, [prompt(*pair) for pair in wanted], sample_diffusion.GUIDANCE_SCALE)
-    assert share_right(pictures, wanted) >= 0.80
+    assert share_right(pictures, wanted) >= 0.90
 
 
 @pytest.fixture(scope="session")

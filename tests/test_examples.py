@@ -78,7 +78,8 @@ def test_eyes_see_through_noise_and_fading(rows, pictures):
 
 def resized(pictures, size):
     """As train_diffusion.py does it."""
-    return [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR)) for picture in pictures]
+    return [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR))
+            for picture in pictures]
 
 
 def without_eyes(number, sides):

@@ -191,7 +191,7 @@ def diffusers_scheduler(name, steps):
 
 
 def answer_and_picture():
-    """What a network might say, beyond [-1, 1] here and there, an x_t and fresh noise, in float64: (1, 3, 8, 8) each."""
+    """A network's answer, beyond [-1, 1] here and there, an x_t and fresh noise, in float64: (1, 3, 8, 8) each."""
     return torch.randn(3, 1, 3, 8, 8, dtype=torch.float64, generator=generator_for("answer")).unbind()
 
 

@@ -206,7 +206,7 @@ def test_pictures_are_turned_upright_and_cut_to_a_square():
 
 
 def test_pictures_and_captions_stay_in_memory_and_have_a_fingerprint(folder, encoder, tmp_path):
-    """After loading, neither the files nor CLIP are needed; what is loaded is told apart by its content, not its path."""
+    """After loading, neither the files nor CLIP are needed; what is loaded is told apart by its content alone."""
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     first, second = load(folder, encoder), load(copy, encoder)
@@ -352,8 +352,8 @@ def test_muon_agrees_with_torchs_own(shape):
     """It computes in bfloat16, and takes nothing but matrices."""
     ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=generator_for(1))) for _ in range(2))
     start = ours.detach().clone()
-    optimizers = [train.Muon([ours], 0.02),
-                  torch.optim.Muon([theirs], 0.02, weight_decay=train.WEIGHT_DECAY, momentum=train.MOMENTUM, ns_steps=3)]
+    optimizers = [train.Muon([ours], 0.02), torch.optim.Muon([theirs], 0.02, weight_decay=train.WEIGHT_DECAY,
+                                                             momentum=train.MOMENTUM, ns_steps=3)]
     for step in range(5):
         ours.grad = torch.randn(shape, generator=generator_for(2, step))
         theirs.grad = ours.grad.clone()
@@ -372,7 +372,8 @@ def test_every_weight_has_one_optimizer_and_all_but_the_times_matrices_have_muon
 
 
 def test_gradients_are_clipped(main, monkeypatch):
-    monkeypatch.setattr(train, "optimizers_for", lambda unet, lr: [torch.optim.SGD(unet.parameters(), lr)])  # lr * gradient
+    monkeypatch.setattr(train, "optimizers_for",
+                        lambda unet, lr: [torch.optim.SGD(unet.parameters(), lr)])  # moves by lr * gradient
     weights = []
 
     def look(step, unet, batch):
@@ -581,7 +582,8 @@ def test_a_run_goes_on_only_as_it_began(main, trained, tmp_path):
     next(p for name, p in other.named_parameters() if name.endswith("final_layer_norm.bias")).data += 1
     other.save_pretrained(tmp_path / "clip")
     for flags, named in [(["--lr", 0.5], "--lr is 0.5, was 0.02"), (["--channels", 64], "--channels is 64, was 32"),
-                         (["--seed", 3], "--seed is 3, was 0"), (["--text-encoder", tmp_path / "clip"], "text-encoder")]:
+                         (["--seed", 3], "--seed is 3, was 0"),
+                         (["--text-encoder", tmp_path / "clip"], "text-encoder")]:
         with pytest.raises(UserError, match=named):
             main("--epochs", 2, "--resume", *flags)
     with pytest.raises(UserError, match="checkpoint.pt.*--resume.*--output-dir"):
