@@ -32,6 +32,7 @@ CJK_FONTS = ("Hiragino Sans GB.ttc", "msyh.ttc", "NotoSansCJK-Regular.ttc", "wqy
 def number(kind, low, high):
     """An argparse type: a number of that kind from low to high."""
     def read(text):
+        """The number that the text says, or argparse's error."""
         if not low <= kind(text) <= high:                      # nan is not either
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)

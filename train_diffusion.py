@@ -152,13 +152,13 @@ def read_text(path):
 
 def read_table(file):
     """A .csv, .jsonl, .parquet or .arrow file -> its rows, each a dict. Raises UserError."""
-    import datasets
-    import pyarrow.parquet
     try:
         if file.suffix == ".csv":
             return list(csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True))
         if file.suffix == ".jsonl":
             return [dict(json.loads(line)) for line in io.StringIO(read_text(file), newline="") if line.strip()]
+        import datasets  # seconds to import: only for the tables that need it
+        import pyarrow.parquet
         if file.suffix == ".arrow":
             return list(plain(datasets.Dataset.from_file(str(file))))
         return list(plain(datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(file)))))
@@ -309,7 +309,7 @@ def diffusion_loss(unet, scheduler, x_0, states, mask, t, noise):
     """
     x_t = scheduler.add_noise(x_0, noise, t)                                    # (B, 3, H, W)
     error = unet(x_t, t, states, mask) - x_0                                    # (B, 3, H, W)
-    alpha_bar = scheduler.signal[t].square()                                   # (B, 1, 1, 1)
+    alpha_bar = scheduler.signal[t].square()                                    # (B, 1, 1, 1)
     return (error.square() + L1_WEIGHT * alpha_bar * error.abs()).mean(dim=(1, 2, 3))
 
 
@@ -353,8 +353,10 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Move every weight by one update, a tall matrix further; the decay is AdamW's."""
+        lr = self.param_groups[0]["lr"]
         for weight in self.param_groups[0]["params"]:
-            lr, state = self.param_groups[0]["lr"], self.state[weight]
+            state = self.state[weight]
             if not state:
                 state["momentum"] = torch.zeros_like(weight)
             state["momentum"].lerp_(weight.grad, 1 - MOMENTUM)
@@ -365,10 +367,10 @@ class Muon(torch.optim.Optimizer):
 
 def optimizers_for(unet, lr):
     """Muon for the matrices, AdamW for gains and biases, and for the time's layers, where Muon would cost too much."""
-    matrices = {name for name, weight in unet.named_parameters() if weight.ndim > 1 and "time" not in name}
-    groups = [[weight for name, weight in unet.named_parameters() if (name in matrices) == wanted]
-              for wanted in (True, False)]
-    return Muon(groups[0], lr), torch.optim.AdamW(groups[1], ADAMW_SHARE * lr, weight_decay=WEIGHT_DECAY, fused=True)
+    matrices, rest = [], []
+    for name, weight in unet.named_parameters():
+        (matrices if weight.ndim > 1 and "time" not in name else rest).append(weight)
+    return Muon(matrices, lr), torch.optim.AdamW(rest, ADAMW_SHARE * lr, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def learning_rate(step, steps, peak):
@@ -551,8 +553,8 @@ def main(argv=None):
                     loss = diffusion_loss(model, scheduler, *share).mean()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), CLIP_NORM)
-                for optimizer, share in zip(optimizers, (1, ADAMW_SHARE)):
-                    optimizer.param_groups[0]["lr"] = share * lr
+                for optimizer, ratio in zip(optimizers, (1, ADAMW_SHARE)):
+                    optimizer.param_groups[0]["lr"] = ratio * lr
                     optimizer.step()
                     optimizer.zero_grad()
                 update_ema(ema, unet, step)
