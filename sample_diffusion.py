@@ -198,7 +198,7 @@ def main(argv=None):
     def sheet(pictures):
         """Pictures in the order they were drawn in -> a sheet with a row for each prompt and scale."""
         groups = pictures.unflatten(0, (len(args.guidance_scale), len(args.prompts), args.num_images))
-        return contact_sheet([(f"{prompt} (guidance {scale:g})", groups[s, p])
+        return contact_sheet([(f"guidance {scale:g}: {prompt}", groups[s, p])
                               for p, prompt in enumerate(args.prompts) for s, scale in enumerate(args.guidance_scale)])
 
     from torchvision.transforms.v2.functional import to_pil_image

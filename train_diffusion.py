@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -39,18 +38,19 @@ from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, 
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=64, epochs=72, batch_size=32, sample_every=15,    # minutes on 2 CPU cores
+            image_size=32, channels=64, epochs=72, sample_every=15,                    # minutes on 2 CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
 CAPTION_DROPOUT = 0.1    # share of training examples whose caption is dropped: 'no caption' is learned too (CFG)
-L1_WEIGHT = 10           # weight of the absolute error at the clean end of the noise levels
+L1_WEIGHT = 3            # weight of the absolute error at the clean end of the noise levels
 VALIDATION_SHARE = 0.1   # of the pictures are never trained on ...
 MAX_VALIDATION = 32      # ... and at most so many of them are looked at after each epoch
 WARMUP_STEPS = 50        # the learning rate rises over these, then falls on a cosine
 ADAMW_SHARE = 0.3        # of --lr is the learning rate of what AdamW learns
 WEIGHT_DECAY = 0.01      # of Muon and AdamW
 MOMENTUM = 0.95          # of Muon
+ITERATIONS = 2           # of Newton-Schulz: more cost time and draw no better
 EMA_DECAY = 0.999        # EMA of the weights: over the last 1 / (1 - 0.999) = 1,000 steps; the decay warms up
 CLIP_NORM = 1.0          # gradients longer than this are shortened to it
 SAMPLES = 6              # pictures of each prompt on a sample sheet
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     add("--channels", type=number(int, 32, 1024), default=96, help="width of the UNet's upper level")
     add("--epochs", type=count, default=1000, help="passes over the training pictures, in all; if raised on --resume, "
                                                   "the learning rate goes on on the longer curve")
-    add("--batch-size", type=count, default=16, help="pictures per step")
+    add("--batch-size", type=count, default=32, help="pictures per step")
     add("--lr", type=number(float, 1e-9, 1), default=0.02, help="highest learning rate of Muon")
     add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")
@@ -117,7 +117,7 @@ def read_rows(args):
               and not file.name.startswith("cache-")]
     tables = metadata.values() or [file for file in tables if file.name.startswith("train-")] or tables
     by_name = {same_name(file): file for file in files}
-    rows = ([row for file in tables for row in table_rows(read_table(file), file, by_name, args)] if tables else
+    rows = ([row for file in tables for row in table_rows(read_file(file), file, by_name, args)] if tables else
             list(text_file_rows(files)))
     if not rows:
         raise UserError(f"--dataset {path}: no metadata.jsonl or metadata.csv, no .parquet file and no picture in it")
@@ -126,7 +126,7 @@ def read_rows(args):
 
 def walk(folder, output):
     """Every file below a folder, in order, through links; not what is hidden, or left by a system or by this run."""
-    seen = {os.path.realpath(output)} - {os.path.realpath(folder)}
+    seen = {os.path.realpath(output), os.path.realpath("output")} - {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
         if (here := os.path.realpath(root)) in seen:                      # by a link: each folder counts once
             folders.clear()
@@ -142,21 +142,14 @@ def same_name(path):
     return unicodedata.normalize("NFC", os.fsencode(os.path.normpath(path)).decode("utf-8", "replace"))
 
 
-def read_text(path):
-    """A UTF-8 file, with or without a byte order mark -> its text. Raises UserError."""
+def read_file(file):
+    """The text of a .txt, or the rows of a .csv, .jsonl, .parquet or .arrow file, each a dict. Raises UserError."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no text in UTF-8: {first_line(error)}") from error
-
-
-def read_table(file):
-    """A .csv, .jsonl, .parquet or .arrow file -> its rows, each a dict. Raises UserError."""
-    try:
-        if file.suffix == ".csv":
-            return list(csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True))
-        if file.suffix == ".jsonl":
-            return [dict(json.loads(line)) for line in io.StringIO(read_text(file), newline="") if line.strip()]
+        if file.suffix.lower() in (".txt", ".csv", ".jsonl"):
+            text = io.StringIO(file.read_bytes().decode("utf-8-sig"), newline="")  # with a byte order mark or without
+            if file.suffix == ".csv":
+                return list(csv.DictReader(text, strict=True))
+            return [dict(json.loads(line)) for line in text if line.strip()] if file.suffix == ".jsonl" else text.read()
         import datasets  # seconds to import: only for the tables that need it
         import pyarrow.parquet
         if file.suffix == ".arrow":
@@ -219,7 +212,7 @@ def text_file_rows(files):
                             "metadata.jsonl or metadata.csv with the columns file_name and text")
         # A captioned file that Pillow does not know (.heic) is a row too: `decode` will name it
         if is_picture or name in texts and name not in known and file != texts[name]:
-            yield str(file), file, read_text(texts[name])
+            yield str(file), file, read_file(texts[name])
 
 
 def to_rgb(picture):
@@ -270,12 +263,8 @@ class Pictures:
     def split(self, seed):
         """Row numbers -> (training, held out), shuffled by the seed. All rows of one picture are on the same side."""
         order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
-        rows_of, room, ahead = Counter(self.hashes), max(1, round(len(order) * VALIDATION_SHARE)), set()
-        for picture in dict.fromkeys(self.hashes[i] for i in order):
-            if rows_of[picture] <= room:
-                ahead.add(picture)
-                room -= rows_of[picture]
-        ahead = ahead or {min(rows_of, key=rows_of.get)}
+        different = list(dict.fromkeys(self.hashes[i] for i in order))
+        ahead = set(different[:max(1, round(len(different) * VALIDATION_SHARE))])
         return ([i for i in order if self.hashes[i] not in ahead], [i for i in order if self.hashes[i] in ahead])
 
     def batch(self, indices, captions=None):
@@ -332,14 +321,19 @@ def validate(unet, scheduler, pictures, indices, batch_size, seed):
 
 
 def orthogonal(matrix):
-    """(m, n) -> the same singular vectors, with all singular values near 1: three Newton-Schulz iterations (Muon)."""
+    """(m, n) -> the same singular vectors, with all singular values near 1: Newton-Schulz iterations (Muon).
+
+    Each multiplies x by 3.4445 I - 4.7750 (x x^T) + 2.0315 (x x^T)^2. That is done to the small square x x^T alone.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / (x.norm() + 1e-7)
-    for _ in range(3):
-        a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-    return x.T if tall else x
+    square, one = x @ x.T, torch.eye(len(x), device=x.device)             # (m, m)
+    for i in range(ITERATIONS):
+        factor = 3.4445 * one + (2.0315 * square - 4.7750 * one) @ square
+        total = factor @ total if i else factor
+        square = factor @ square @ factor
+    return (total @ x).T if tall else total @ x
 
 
 class Muon(torch.optim.Optimizer):
@@ -426,7 +420,7 @@ def to_cpu(tree):
     if isinstance(tree, dict):
         return {key: to_cpu(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [to_cpu(value) for value in tree]
+        return list(map(to_cpu, tree))
     return tree.cpu() if isinstance(tree, torch.Tensor) else tree
 
 

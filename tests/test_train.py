@@ -353,7 +353,7 @@ def test_muon_agrees_with_torchs_own(shape):
     ours, theirs = (torch.nn.Parameter(torch.randn(shape, generator=generator_for(1))) for _ in range(2))
     start = ours.detach().clone()
     optimizers = [train.Muon([ours], 0.02), torch.optim.Muon([theirs], 0.02, weight_decay=train.WEIGHT_DECAY,
-                                                             momentum=train.MOMENTUM, ns_steps=3)]
+                                                             momentum=train.MOMENTUM, ns_steps=train.ITERATIONS)]
     for step in range(5):
         ours.grad = torch.randn(shape, generator=generator_for(2, step))
         theirs.grad = ours.grad.clone()
