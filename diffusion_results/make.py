@@ -54,7 +54,10 @@ def main():
             below(sheets, HERE / "demo_steps.png")
         shutil.copy(args.demo / "nearest.png", HERE / "demo_nearest.png")
     if args.pokemon:
-        make(args.pokemon, HERE / "plain_and_guided.png", *VIDEO, "--num-images", "6", "--guidance-scale", "1", "2")
+        make(args.pokemon, HERE / "plain_and_guided.png", *VIDEO, "--num-images", "6", "--guidance-scale", "1",
+             str(sampling.GUIDANCE_SCALE))
+        make(args.pokemon, HERE / "guidance_scales.png", WORDED[0], "--num-images", "6", "--guidance-scale",
+             *"1 1.5 2 3 5".split())
         make(args.pokemon, HERE / "pokemon_samples.png", *WORDED, "--num-images", "6")
         sheets = sorted((args.pokemon / "samples").glob("epoch_*.png"))
         below([sheets[round(i)] for i in np.linspace(0, len(sheets) - 1, 3)], HERE / "progress.png")
