@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import unicodedata
+from collections import Counter
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -263,8 +264,12 @@ class Pictures:
     def split(self, seed):
         """Row numbers -> (training, held out), shuffled by the seed. All rows of one picture are on the same side."""
         order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
-        different = list(dict.fromkeys(self.hashes[i] for i in order))
-        ahead = set(different[:max(1, round(len(different) * VALIDATION_SHARE))])
+        rows_of, room, ahead = Counter(self.hashes), max(1, round(len(order) * VALIDATION_SHARE)), set()
+        for picture in dict.fromkeys(self.hashes[i] for i in order):
+            if rows_of[picture] <= room:
+                ahead.add(picture)
+                room -= rows_of[picture]
+        ahead = ahead or {min(rows_of, key=rows_of.get)}
         return ([i for i in order if self.hashes[i] not in ahead], [i for i in order if self.hashes[i] in ahead])
 
     def batch(self, indices, captions=None):

@@ -240,7 +240,7 @@ def test_a_tenth_is_held_out_by_the_seed_and_no_picture_is_on_both_sides(encoder
     rows = [(f"{i}", encoded(noise[i % 60], format="PNG" if i < 60 else "BMP"), f"number {i}") for i in range(100)]
     several = train.Pictures(rows, 16, encoder)
     training, held_out = several.split(0)
-    assert sorted(training + held_out) == list(range(100)) and len({i % 60 for i in held_out}) == 6
+    assert sorted(training + held_out) == list(range(100)) and 10 <= len(held_out) <= 20
     assert not {i % 60 for i in training} & {i % 60 for i in held_out}
     assert several.split(0) == (training, held_out) != several.split(1)
     alone = train.Pictures(rows[:60], 16, encoder)
