@@ -85,15 +85,16 @@ def data(rows, encoder_name):
         file = io.BytesIO()
         Image.fromarray(noise).resize((256, 256), Image.Resampling.BICUBIC).save(file, "JPEG")
         files.append(file.getvalue())
-    words = Path(ROOT / "examples" / "creatures" / "metadata.jsonl").read_text().split()[2:12]
+    words = (ROOT / "examples" / "creatures" / "metadata.jsonl").read_text().split()[2:12]
     captions = [" ".join(words[torch.randint(len(words), (), generator=generator_for(i, j))] for j in range(8))
                 for i in range(100)]
     encoder, started = TextEncoder(encoder_name), time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     pictures = train.Pictures([(f"{i}", files[i % 100], captions[i % 100]) for i in range(rows)], 64, encoder)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{rows} pictures, captions of at most {pictures.states.shape[1]} tokens: {time.perf_counter() - started:.0f} "
-          f"seconds, peak memory {after / 1e6:.2f} GB, {before / 1e6:.2f} of it before")   # ru_maxrss is in kB on Linux
+    seconds, tokens = time.perf_counter() - started, pictures.states.shape[1]
+    print(f"{rows} pictures, captions of at most {tokens} tokens: {seconds:.0f} seconds, "
+          f"peak memory {after / 1e6:.2f} GB, {before / 1e6:.2f} of it before", flush=True)  # Linux counts in kB
 
 
 def main():
