@@ -125,7 +125,7 @@ def read_rows(args):
 
 
 def walk(folder, output):
-    """Every file below a folder, in order, through links; not what is hidden, or left by a system or by this run."""
+    """Every file below a folder, in order, through links; not what is hidden, or left by a system or our scripts."""
     seen = {os.path.realpath(output), os.path.realpath("output")} - {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
         if (here := os.path.realpath(root)) in seen:                      # by a link: each folder counts once

@@ -24,7 +24,7 @@ import sample_diffusion as sampling  # noqa: E402
 import train_diffusion as train  # noqa: E402
 from model import NoiseScheduler, TextEncoder, UNet, autocast, generator_for, pick_device  # noqa: E402
 
-TOKENS = 24  # of a caption, on average over the pokemon drawings
+TOKENS = 24  # of a caption
 
 
 def wait(device):

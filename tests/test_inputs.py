@@ -148,6 +148,7 @@ def test_the_output_folder_of_a_run_in_the_pictures_folder(tmp_path, monkeypatch
     args = train_diffusion.parse_args(["--dataset", "."])
     assert args.output_dir == Path("output/drawings")
     lay(args.output_dir, ["loss.png", "samples/epoch_0010.png"], layout=None)
+    lay(Path("output"), ["sample.png"], layout=None)                       # the sampler's
     assert len(train_diffusion.read_rows(args)) == 2
 
 
