@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PATCH = 4      # pixels a side that are folded into channels: 64x64x3 is computed as 16x16x48 (JiT)
-STRIDE = 8     # pixels a side that one position of the lower level covers: PATCH, then one halving
+STRIDE = 8     # pixels a side that one position of the lowest level covers
+GROUPS = 16    # of channels that are normalised together (GroupNorm)
 HEAD_DIM = 32  # channels of one attention head
 
 
@@ -91,7 +91,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels, context_dim):
         super().__init__()
-        self.norm = nn.GroupNorm(32, channels)
+        self.norm = nn.GroupNorm(GROUPS, channels)
         self.proj_in = nn.Linear(channels, channels)
         self.block = TransformerBlock(channels, context_dim)
         self.proj_out = nn.Linear(channels, channels)
@@ -111,10 +111,10 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, time_dim):
         super().__init__()
-        self.norm1 = nn.GroupNorm(32, in_channels)
+        self.norm1 = nn.GroupNorm(GROUPS, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_channels)
-        self.norm2 = nn.GroupNorm(32, out_channels)
+        self.norm2 = nn.GroupNorm(GROUPS, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -127,7 +127,7 @@ class ResnetBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """A ResnetBlock, and a SpatialTransformer if `context_dim` is given, from which the caption's width follows."""
+    """A ResnetBlock, and a SpatialTransformer if `context_dim`, the width of the caption's states, is given."""
 
     def __init__(self, in_channels, out_channels, time_dim, context_dim=None):
         super().__init__()
@@ -166,10 +166,11 @@ class UNet(nn.Module):
     x_t (B, 3, H, W), sides a multiple of STRIDE, else ValueError; t (B,) integers 0 ... T-1; context (B, L, D) the
     caption's token states; mask (B, L) True where a token is real, at least one per row. Returns x_0 (B, 3, H, W).
     Drawings fill a small part of the space of pictures, noise all of it: a small network answers with them best (JiT).
-    channels: width of the upper level, the lower has twice as many; context_dim: D, the text encoder's width.
+    channels: c, a multiple of GROUPS, width of the first level (of the others 2c and 4c); context_dim: D, the text
+    encoder's width.
     """
 
-    def __init__(self, image_size=64, channels=96, context_dim=512):
+    def __init__(self, image_size=64, channels=32, context_dim=512):
         super().__init__()
         self.config = dict(image_size=image_size, channels=channels, context_dim=context_dim)  # to rebuild it
         c, time, text = channels, 4 * channels, context_dim
@@ -179,16 +180,20 @@ class UNet(nn.Module):
         self.register_buffer("text_mean", torch.zeros(text))          # (D,)
         self.register_buffer("text_std", torch.ones(text))            # (D,)
 
-        self.conv_in = nn.Conv2d(3 * PATCH ** 2, c, 3, padding=1)
-        self.down1 = DownBlock(c, c, time)                            # no attention: here it would cost most
-        self.downsample = nn.Conv2d(c, c, 3, stride=2, padding=1)
-        self.down2 = DownBlock(c, 2 * c, time, text)
-        self.middle = MiddleBlock(2 * c, time, text)
-        self.up2 = UpBlock(2 * c + 2 * c, 2 * c, time, text)
-        self.upsample = nn.Upsample(scale_factor=2.0, mode="nearest")  # a transposed convolution makes checkerboards
-        self.up1 = UpBlock(2 * c + c, c, time)
-        self.norm_out = nn.GroupNorm(32, c)
-        self.conv_out = nn.Conv2d(c, 3 * PATCH ** 2, 3, padding=1)
+        self.conv_in = nn.Conv2d(3, c, 3, padding=1)
+        self.down1 = DownBlock(c, c, time)                            # every pixel: edges, and what is noise
+        self.downsample1 = nn.Conv2d(c, 2 * c, 2, stride=2)
+        self.down2 = DownBlock(2 * c, 2 * c, time)                    # squares of 2x2 pixels: eyes, mouths, claws
+        self.downsample2 = nn.Conv2d(2 * c, 4 * c, 4, stride=4)
+        self.down3 = DownBlock(4 * c, 4 * c, time, text)              # squares of 8x8: the whole, and the caption;
+        self.middle = MiddleBlock(4 * c, time, text)                  # further up, attention would cost most
+        self.up3 = UpBlock(8 * c, 4 * c, time, text)
+        self.upsample2 = nn.Sequential(nn.Conv2d(4 * c, 2 * c * 4 ** 2, 1), nn.PixelShuffle(4))
+        self.up2 = UpBlock(4 * c, 2 * c, time)
+        self.upsample1 = nn.Sequential(nn.Conv2d(2 * c, c * 2 ** 2, 1), nn.PixelShuffle(2))
+        self.up1 = UpBlock(2 * c, c, time)
+        self.norm_out = nn.GroupNorm(GROUPS, c)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, x_t, t, context, mask):
         B, C, H, W = x_t.shape
@@ -197,14 +202,14 @@ class UNet(nn.Module):
         time = self.time_mlp(timestep_embedding(t, self.config["channels"]))  # (B, 4c)
         context = (context - self.text_mean) / self.text_std                  # (B, L, D)
 
-        x = self.conv_in(F.pixel_unshuffle(x_t, PATCH))                       # (B, c, 16, 16) for 64x64 pixels
-        skip1 = self.down1(x, time, context, mask)                            # (B, c, 16, 16)
-        skip2 = self.down2(self.downsample(skip1), time, context, mask)       # (B, 2c, 8, 8)
-        x = self.middle(skip2, time, context, mask)                           # (B, 2c, 8, 8)
-        x = self.up2(x, skip2, time, context, mask)                           # (B, 2c, 8, 8)
-        x = self.up1(self.upsample(x), skip1, time, context, mask)            # (B, c, 16, 16)
-        x = self.conv_out(F.silu(self.norm_out(x)))                           # (B, 48, 16, 16)
-        return F.pixel_shuffle(x.float(), PATCH)                              # (B, 3, 64, 64)
+        skip1 = self.down1(self.conv_in(x_t), time, context, mask)            # (B, c, 64, 64) for 64x64 pixels
+        skip2 = self.down2(self.downsample1(skip1), time, context, mask)      # (B, 2c, 32, 32)
+        skip3 = self.down3(self.downsample2(skip2), time, context, mask)      # (B, 4c, 8, 8)
+        x = self.middle(skip3, time, context, mask)                           # (B, 4c, 8, 8)
+        x = self.up3(x, skip3, time, context, mask)                           # (B, 4c, 8, 8)
+        x = self.up2(self.upsample2(x), skip2, time, context, mask)           # (B, 2c, 32, 32)
+        x = self.up1(self.upsample1(x), skip1, time, context, mask)           # (B, c, 64, 64)
+        return self.conv_out(F.silu(self.norm_out(x))).float()                # (B, 3, 64, 64)
 
 
 class TextEncoder(nn.Module):
@@ -227,10 +232,14 @@ class TextEncoder(nn.Module):
         self.clip.eval().requires_grad_(False)
         self.dim, words = self.clip.config.hidden_size, len(self.tokenizer)                    # D
         wrong = [*found["missing_keys"], *found["mismatched_keys"]]
-        if wrong or words != self.clip.config.vocab_size or kind not in ("clip", "clip_text_model"):
+        longest = max((word[:-4] for word in self.tokenizer.get_vocab() if word[:-4].isascii() and word[:-4].isalpha()
+                       and word.endswith("</w>")), key=len, default="")
+        tokens = len(self.tokenizer.tokenize(longest))                            # 1, unless merges.txt is damaged
+        if wrong or words != self.clip.config.vocab_size or kind not in ("clip", "clip_text_model") or tokens != 1:
             # transformers itself would go on, with random weights or a vocabulary of a few signs
             raise UserError(f"--text-encoder: {name} is no CLIP text encoder with its tokenizer: model type {kind}, "
-                            f"{len(wrong)} weights missing, {words} words for {self.clip.config.vocab_size} vectors")
+                            f"{len(wrong)} weights missing, {words} words for {self.clip.config.vocab_size} vectors, "
+                            f"its longest word {longest!r} is {tokens} tokens")
         self.max_length = min(self.tokenizer.model_max_length, self.clip.config.max_position_embeddings)
         self.warned = False
 

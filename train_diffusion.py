@@ -39,7 +39,7 @@ from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, 
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=64, epochs=80, sample_every=20,  # minutes on two CPU cores
+            image_size=32, epochs=32, sample_every=8,  # minutes on two CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
@@ -76,11 +76,11 @@ def parse_args(argv=None):
     add("--text-encoder", default="openai/clip-vit-base-patch32", help="hub name or folder of a CLIP text encoder")
     add("--demo", action="store_true", help="train a small model on the drawings in examples/, without a network")
     add("--image-size", type=number(int, STRIDE, 1024), default=64, help=f"pixels a side, a multiple of {STRIDE}")
-    add("--channels", type=number(int, 32, 1024), default=96, help="width of the UNet's upper level")
+    add("--channels", type=number(int, 16, 1024), default=32, help="width of the UNet's first level, a multiple of 16")
     add("--epochs", type=count, default=1000, help="passes over the training pictures, in all; if raised on --resume, "
                                                   "the learning rate goes on on the longer curve")
-    add("--batch-size", type=count, default=32, help="pictures per step")
-    add("--lr", type=number(float, 1e-9, 1), default=0.02, help="highest learning rate of Muon")
+    add("--batch-size", type=count, default=8, help="pictures per step")
+    add("--lr", type=number(float, 1e-9, 1), default=0.01, help="highest learning rate of Muon")
     add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")
     add("--sample-every", type=count, default=10, help="epochs between sample sheets")
@@ -95,7 +95,7 @@ def parse_args(argv=None):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.prompts = as_text(args.prompts)
-    for flag, value, unit in ("--image-size", args.image_size, STRIDE), ("--channels", args.channels, 32):
+    for flag, value, unit in ("--image-size", args.image_size, STRIDE), ("--channels", args.channels, 16):
         if value % unit:
             parser.error(f"{flag}: {value} is not a multiple of {unit}")
     if args.output_dir is None:

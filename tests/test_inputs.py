@@ -531,6 +531,7 @@ BAD_ENCODERS = dict(
     no_tokenizer=without("vocab.json", "merges.txt", "tokenizer_config.json"),
     no_vocabulary=without("vocab.json"),
     no_merges=without("merges.txt"),
+    emptied_merges=lambda folder: (folder / "merges.txt").write_text("#version: 0.2\n"),
     no_config=without("config.json"),
     no_weights=without("model.safetensors"),
     pointer=lambda folder: (folder / "model.safetensors").write_text(LFS),

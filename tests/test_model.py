@@ -62,7 +62,7 @@ def test_the_scale_of_the_features_does_not_multiply_from_level_to_level():
     unet(*inputs())
     between = [module for name, module in unet.named_modules() if isinstance(module, torch.nn.Conv2d)
                and (name.endswith("skip") or name.startswith(("downsample", "upsample")))]
-    assert len(between) == 4
+    assert len(between) == 7
     for module in between:
         module.weight *= 10
     unet(*inputs())

@@ -533,10 +533,10 @@ def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(main, trained, tmp_
 def test_more_epochs_go_on_on_the_longer_curve_whatever_log_csv_says(main, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     (tmp_path / "run" / "log.csv").write_bytes(b"\xff\0,\n1,2,3,4,5,6,7,8,9,10\n")
-    main("--epochs", 2, "--resume", "--lr", 0.02)
+    main("--epochs", 2, "--resume")
     rows = logged(tmp_path / "run")
     assert [row["epoch"] for row in rows] == ["1", "2"] and rows[0] == logged(trained)[0]
-    assert float(rows[1]["lr"]) == pytest.approx(train.learning_rate(7, 8, 0.02), rel=1e-2)
+    assert float(rows[1]["lr"]) == pytest.approx(train.learning_rate(7, 8, 0.01), rel=1e-2)
 
 
 @pytest.fixture
@@ -581,7 +581,7 @@ def test_a_run_goes_on_only_as_it_began(main, trained, tmp_path):
     shutil.copytree(TINY_CLIP, tmp_path / "clip")
     next(p for name, p in other.named_parameters() if name.endswith("final_layer_norm.bias")).data += 1
     other.save_pretrained(tmp_path / "clip")
-    for flags, named in [(["--lr", 0.5], "--lr is 0.5, was 0.02"), (["--channels", 64], "--channels is 64, was 32"),
+    for flags, named in [(["--lr", 0.5], "--lr is 0.5, was 0.01"), (["--channels", 64], "--channels is 64, was 32"),
                          (["--seed", 3], "--seed is 3, was 0"),
                          (["--text-encoder", tmp_path / "clip"], "text-encoder")]:
         with pytest.raises(UserError, match=named):
