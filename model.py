@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 STRIDE = 8     # pixels a side that one position of the lowest level covers
-GROUPS = 16    # of channels that are normalised together (GroupNorm)
+GROUPS = 16    # of channels, each normalised by itself (GroupNorm)
 HEAD_DIM = 32  # channels of one attention head
 
 
