@@ -115,10 +115,13 @@ def read_rows(args):
     metadata = {file.parent: file for file in files if file.name in ("metadata.csv", "metadata.jsonl")}  # one a folder
     tables = [file for file in files if file.suffix.lower() in (".parquet", ".arrow")
               and not file.name.startswith("cache-")]
-    tables = metadata.values() or [file for file in tables if file.name.startswith("train-")] or tables
+    tables = [file for file in tables if file.name.startswith("train-")] or tables
+    texts, pictures = by_stem(files, [".txt"]), by_stem(files, readable_suffixes())
+    if metadata or texts.keys() & pictures.keys():                        # then a .parquet holds something else
+        tables = metadata.values()
     by_name = {same_name(file): file for file in files}
     rows = ([row for file in tables for row in table_rows(read_file(file), file, by_name, args)] if tables else
-            list(text_file_rows(files)))
+            list(text_file_rows(files, texts, pictures)))
     if not rows:
         raise UserError(f"--dataset {path}: no metadata.jsonl or metadata.csv, no .parquet file and no picture in it")
     return rows
@@ -135,6 +138,11 @@ def walk(folder, output):
         folders[:] = sorted((name for name in folders if not name.startswith(".")
                              and name not in ("__MACOSX", "@eaDir")), key=same_name)
         yield from (Path(root, name) for name in sorted(names, key=same_name) if not name.startswith("."))
+
+
+def readable_suffixes():
+    """Those of the files that the installed Pillow reads."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def same_name(path):
@@ -200,18 +208,21 @@ def table_rows(table, source, by_name, args):
         yield name, picture, row[caption]
 
 
-def text_file_rows(files):
+def by_stem(files, suffixes):
+    """{path without its suffix: file} of the files with one of these suffixes."""
+    return {same_name(file.with_suffix("")): file for file in files if file.suffix.lower() in suffixes}
+
+
+def text_file_rows(files, texts, pictures):
     """Pictures, each with a .txt of the same name -> rows. Raises UserError for one without."""
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    texts = {same_name(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
-    known = {same_name(file.with_suffix("")) for file in files if file.suffix.lower() in readable}
+    suffixes = readable_suffixes()
     for file in files:
-        name, is_picture = same_name(file.with_suffix("")), file.suffix.lower() in readable
+        name, is_picture = same_name(file.with_suffix("")), file.suffix.lower() in suffixes
         if is_picture and name not in texts:
             raise UserError(f"{file} has no caption: expected {file.with_suffix('.txt').name} beside it, or a "
                             "metadata.jsonl or metadata.csv with the columns file_name and text")
         # A captioned file that Pillow does not know (.heic) is a row too: `decode` will name it
-        if is_picture or name in texts and name not in known and file != texts[name]:
+        if is_picture or name in texts and name not in pictures and file != texts[name]:
             yield str(file), file, read_file(texts[name])
 
 

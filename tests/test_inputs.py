@@ -223,6 +223,14 @@ def test_parquet_files_called_train_are_trained_on_alone(tmp_path, others):
     assert captions(tmp_path) == ["of train-0", "of train-1"]
 
 
+def test_beside_captioned_pictures_a_parquet_file_is_about_something_else(tmp_path):
+    """As img2dataset leaves them: 00000/000000000.jpg, .txt and .json, and 00000.parquet with their addresses."""
+    lay(tmp_path / "00000", ["000000000.jpg", "000000001.jpg"], ["one", "two"])
+    (tmp_path / "00000" / "000000000.json").write_text("{}")
+    pyarrow.parquet.write_table(pyarrow.table(dict(url=["http://a/b.jpg"], caption=["no"])), tmp_path / "00000.parquet")
+    assert [caption for _, _, caption in read(tmp_path)] == ["one", "two"]
+
+
 def test_parquet_files_of_other_names_are_all_trained_on(tmp_path):
     for i, name in enumerate(["a", "test-tubes", "trains"]):
         parquet(tmp_path / f"{name}.parquet", [png(i)], [f"number {i}"])
