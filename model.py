@@ -187,7 +187,7 @@ class UNet(nn.Module):
         self.downsample2 = nn.Conv2d(2 * c, 4 * c, 4, stride=4)
         self.down3 = DownBlock(4 * c, 4 * c, time, text)              # squares of 8x8: the whole, and the caption;
         self.middle = MiddleBlock(4 * c, time, text)                  # further up, attention would cost most
-        self.up3 = UpBlock(8 * c, 4 * c, time, text)
+        self.up3 = UpBlock(8 * c, 4 * c, time, text)                  # each position then fills its own 4x4 below
         self.upsample2 = nn.Sequential(nn.Conv2d(4 * c, 2 * c * 4 ** 2, 1), nn.PixelShuffle(4))
         self.up2 = UpBlock(4 * c, 2 * c, time)
         self.upsample1 = nn.Sequential(nn.Conv2d(2 * c, c * 2 ** 2, 1), nn.PixelShuffle(2))
@@ -232,8 +232,8 @@ class TextEncoder(nn.Module):
         self.clip.eval().requires_grad_(False)
         self.dim, words = self.clip.config.hidden_size, len(self.tokenizer)                    # D
         wrong = [*found["missing_keys"], *found["mismatched_keys"]]
-        longest = max((word[:-4] for word in self.tokenizer.get_vocab() if word[:-4].isascii() and word[:-4].isalpha()
-                       and word.endswith("</w>")), key=len, default="")
+        whole = [word.removesuffix("</w>") for word in self.tokenizer.get_vocab() if word.endswith("</w>")]
+        longest = max((word for word in whole if word.isascii() and word.isalpha()), key=len, default="")
         tokens = len(self.tokenizer.tokenize(longest))                            # 1, unless merges.txt is damaged
         if wrong or words != self.clip.config.vocab_size or kind not in ("clip", "clip_text_model") or tokens != 1:
             # transformers itself would go on, with random weights or a vocabulary of a few signs

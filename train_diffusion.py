@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import (STRIDE, NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
+from model import (GROUPS, STRIDE, NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
                    download_help, first_line, generator_for, pick_device, run, write_atomically)
 from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, draw, encoded, load_checkpoint, number
 
@@ -76,7 +76,8 @@ def parse_args(argv=None):
     add("--text-encoder", default="openai/clip-vit-base-patch32", help="hub name or folder of a CLIP text encoder")
     add("--demo", action="store_true", help="train a small model on the drawings in examples/, without a network")
     add("--image-size", type=number(int, STRIDE, 1024), default=64, help=f"pixels a side, a multiple of {STRIDE}")
-    add("--channels", type=number(int, 16, 1024), default=32, help="width of the UNet's first level, a multiple of 16")
+    add("--channels", type=number(int, GROUPS, 1024), default=32,
+        help=f"width of the UNet's first level, a multiple of {GROUPS}")
     add("--epochs", type=count, default=1000, help="passes over the training pictures, in all; if raised on --resume, "
                                                   "the learning rate goes on on the longer curve")
     add("--batch-size", type=count, default=8, help="pictures per step")
@@ -95,7 +96,7 @@ def parse_args(argv=None):
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     args.prompts = as_text(args.prompts)
-    for flag, value, unit in ("--image-size", args.image_size, STRIDE), ("--channels", args.channels, 16):
+    for flag, value, unit in ("--image-size", args.image_size, STRIDE), ("--channels", args.channels, GROUPS):
         if value % unit:
             parser.error(f"{flag}: {value} is not a multiple of {unit}")
     if args.output_dir is None:
@@ -116,8 +117,10 @@ def read_rows(args):
     tables = [file for file in files if file.suffix.lower() in (".parquet", ".arrow")
               and not file.name.startswith("cache-")]
     tables = [file for file in tables if file.name.startswith("train-")] or tables
-    texts, pictures = by_stem(files, [".txt"]), by_stem(files, readable_suffixes())
-    if metadata or texts.keys() & pictures.keys():                        # then a .parquet holds something else
+    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    texts = {same_name(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
+    pictures = {file: same_name(file.with_suffix("")) for file in files if file.suffix.lower() in readable}
+    if metadata or not texts.keys().isdisjoint(pictures.values()):        # then a .parquet holds something else
         tables = metadata.values()
     by_name = {same_name(file): file for file in files}
     rows = ([row for file in tables for row in table_rows(read_file(file), file, by_name, args)] if tables else
@@ -138,11 +141,6 @@ def walk(folder, output):
         folders[:] = sorted((name for name in folders if not name.startswith(".")
                              and name not in ("__MACOSX", "@eaDir")), key=same_name)
         yield from (Path(root, name) for name in sorted(names, key=same_name) if not name.startswith("."))
-
-
-def readable_suffixes():
-    """Those of the files that the installed Pillow reads."""
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def same_name(path):
@@ -208,21 +206,16 @@ def table_rows(table, source, by_name, args):
         yield name, picture, row[caption]
 
 
-def by_stem(files, suffixes):
-    """{path without its suffix: file} of the files with one of these suffixes."""
-    return {same_name(file.with_suffix("")): file for file in files if file.suffix.lower() in suffixes}
-
-
 def text_file_rows(files, texts, pictures):
     """Pictures, each with a .txt of the same name -> rows. Raises UserError for one without."""
-    suffixes = readable_suffixes()
+    named = set(pictures.values())
     for file in files:
-        name, is_picture = same_name(file.with_suffix("")), file.suffix.lower() in suffixes
-        if is_picture and name not in texts:
+        name = same_name(file.with_suffix(""))
+        if file in pictures and name not in texts:
             raise UserError(f"{file} has no caption: expected {file.with_suffix('.txt').name} beside it, or a "
                             "metadata.jsonl or metadata.csv with the columns file_name and text")
         # A captioned file that Pillow does not know (.heic) is a row too: `decode` will name it
-        if is_picture or name in texts and name not in pictures and file != texts[name]:
+        if file in pictures or name in texts and name not in named and file != texts[name]:
             yield str(file), file, read_file(texts[name])
 
 
