@@ -338,12 +338,14 @@ def test_the_network_sees_captions_by_what_they_differ_in(main, pictures):
     assert torch.allclose(seen[0][mask].std(dim=0), torch.ones(dim), atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (12, 12)])
+@pytest.mark.parametrize("shape", [(3, 6, 20), (3, 20, 6), (3, 12, 12)])
 def test_orthogonal_keeps_the_singular_vectors_and_evens_out_their_values(shape):
     u, values, v = torch.linalg.svd(torch.randn(shape, generator=generator_for(3)), full_matrices=False)
-    found = u.T @ train.orthogonal(u @ torch.diag(values.clamp(min=values[0] / 20)) @ v) @ v.T
-    assert (found - torch.diag(found.diagonal())).abs().max() < 1e-4
-    assert 0.3 < found.diagonal().min() and found.diagonal().max() < 1.3
+    values = torch.maximum(values, values[:, :1] / 20)
+    found = u.mT @ train.orthogonal(u @ torch.diag_embed(values) @ v) @ v.mT
+    diagonal = found.diagonal(dim1=1, dim2=2)
+    assert (found - torch.diag_embed(diagonal)).abs().max() < 1e-4
+    assert 0.3 < diagonal.min() and diagonal.max() < 1.3
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
@@ -364,7 +366,8 @@ def test_muon_agrees_with_torchs_own(shape):
 
 def test_every_weight_has_one_optimizer_and_all_but_the_times_matrices_have_muon(pictures):
     unet = UNet(image_size=16, channels=32, context_dim=pictures.states.shape[-1])
-    muon, adamw = (optimizer.param_groups[0]["params"] for optimizer in train.optimizers_for(unet, 0.02))
+    muon, adamw = ([weight for group in optimizer.param_groups for weight in group["params"]]
+                   for optimizer in train.optimizers_for(unet, 0.02))
     assert len(muon) + len(adamw) == len(list(unet.parameters())) == len({id(weight) for weight in [*muon, *adamw]})
     assert all(weight.ndim > 1 for weight in muon)
     names = {id(weight): name for name, weight in unet.named_parameters()}
