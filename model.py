@@ -166,11 +166,11 @@ class UNet(nn.Module):
     x_t (B, 3, H, W), sides a multiple of STRIDE, else ValueError; t (B,) integers 0 ... T-1; context (B, L, D) the
     caption's token states; mask (B, L) True where a token is real, at least one per row. Returns x_0 (B, 3, H, W).
     Drawings fill a small part of the space of pictures, noise all of it: a small network answers with them best (JiT).
-    channels: c, a multiple of GROUPS, width of the first level (of the others 2c and 4c); context_dim: D, the text
+    channels: c, a multiple of GROUPS, width of the first level (of the others 2c, 3c, 4c); context_dim: D, the text
     encoder's width.
     """
 
-    def __init__(self, image_size=64, channels=32, context_dim=512):
+    def __init__(self, image_size=64, channels=64, context_dim=512):
         super().__init__()
         self.config = dict(image_size=image_size, channels=channels, context_dim=context_dim)  # to rebuild it
         c, time, text = channels, 4 * channels, context_dim
@@ -184,13 +184,17 @@ class UNet(nn.Module):
         self.down1 = DownBlock(c, c, time)                            # every pixel: edges, and what is noise
         self.downsample1 = nn.Conv2d(c, 2 * c, 2, stride=2)
         self.down2 = DownBlock(2 * c, 2 * c, time)                    # squares of 2x2 pixels: eyes, mouths, claws
-        self.downsample2 = nn.Conv2d(2 * c, 4 * c, 4, stride=4)
-        self.down3 = DownBlock(4 * c, 4 * c, time, text)              # squares of 8x8: the whole, and the caption;
+        self.downsample2 = nn.Conv2d(2 * c, 3 * c, 2, stride=2)
+        self.down3 = DownBlock(3 * c, 3 * c, time)                    # squares of 4x4: heads, limbs
+        self.downsample3 = nn.Conv2d(3 * c, 4 * c, 2, stride=2)
+        self.down4 = DownBlock(4 * c, 4 * c, time, text)              # squares of 8x8: the whole, and the caption;
         self.middle = MiddleBlock(4 * c, time, text)                  # further up, attention would cost most
-        self.up3 = UpBlock(8 * c, 4 * c, time, text)                  # each position then fills its own 4x4 below
-        self.upsample2 = nn.Sequential(nn.Conv2d(4 * c, 2 * c * 4 ** 2, 1), nn.PixelShuffle(4))
+        self.up4 = UpBlock(8 * c, 4 * c, time, text)
+        self.upsample3 = nn.Sequential(nn.Conv2d(4 * c, 3 * c * 4, 1), nn.PixelShuffle(2))  # each position fills its
+        self.up3 = UpBlock(6 * c, 3 * c, time)                                              # own 2x2 below
+        self.upsample2 = nn.Sequential(nn.Conv2d(3 * c, 2 * c * 4, 1), nn.PixelShuffle(2))
         self.up2 = UpBlock(4 * c, 2 * c, time)
-        self.upsample1 = nn.Sequential(nn.Conv2d(2 * c, c * 2 ** 2, 1), nn.PixelShuffle(2))
+        self.upsample1 = nn.Sequential(nn.Conv2d(2 * c, c * 4, 1), nn.PixelShuffle(2))
         self.up1 = UpBlock(2 * c, c, time)
         self.norm_out = nn.GroupNorm(GROUPS, c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
@@ -204,9 +208,11 @@ class UNet(nn.Module):
 
         skip1 = self.down1(self.conv_in(x_t), time, context, mask)            # (B, c, 64, 64) for 64x64 pixels
         skip2 = self.down2(self.downsample1(skip1), time, context, mask)      # (B, 2c, 32, 32)
-        skip3 = self.down3(self.downsample2(skip2), time, context, mask)      # (B, 4c, 8, 8)
-        x = self.middle(skip3, time, context, mask)                           # (B, 4c, 8, 8)
-        x = self.up3(x, skip3, time, context, mask)                           # (B, 4c, 8, 8)
+        skip3 = self.down3(self.downsample2(skip2), time, context, mask)      # (B, 3c, 16, 16)
+        skip4 = self.down4(self.downsample3(skip3), time, context, mask)      # (B, 4c, 8, 8)
+        x = self.middle(skip4, time, context, mask)                           # (B, 4c, 8, 8)
+        x = self.up4(x, skip4, time, context, mask)                           # (B, 4c, 8, 8)
+        x = self.up3(self.upsample3(x), skip3, time, context, mask)           # (B, 3c, 16, 16)
         x = self.up2(self.upsample2(x), skip2, time, context, mask)           # (B, 2c, 32, 32)
         x = self.up1(self.upsample1(x), skip1, time, context, mask)           # (B, c, 64, 64)
         return self.conv_out(F.silu(self.norm_out(x))).float()                # (B, 3, 64, 64)
@@ -323,13 +329,14 @@ class NoiseScheduler(nn.Module):
         steps: T (1,000) is DDPM, fewer take several of its steps at once. guidance_scale: 1 is plain conditional
         sampling, above 1 goes further from 'no caption' towards the caption. on_step: called with the x_t of each step.
         """
-        guided, x_0_prev, t_prev = guidance_scale != 1, None, None
-        context, mask = (torch.cat(pair) for pair in zip(no_text, text)) if guided else text
-        times = self.timesteps(steps)
+        T, x_0_prev, t_prev, times = self.num_timesteps, None, None, self.timesteps(steps)
+        both = [torch.cat(pair) for pair in zip(no_text, text)]
         for t, s in zip(times, times[1:] + [-1]):
-            # 1. The network's estimate of the clean picture; if guided, without and with the caption in one pass
+            # 1. The network's estimate of the clean picture; if guided, without and with the caption in one pass.
+            # Guidance in the first steps takes variety away and in the last does nothing (arXiv 2404.07724)
+            guided = guidance_scale != 1 and T / 20 <= t < T * 4 / 5
             x = torch.cat([x_t, x_t]) if guided else x_t
-            x_0 = unet(x, torch.full((len(x),), t, device=x.device), context, mask)
+            x_0 = unet(x, torch.full((len(x),), t, device=x.device), *(both if guided else text))
             if guided:
                 x_empty, x_text = x_0.chunk(2)
                 x_0 = x_empty + guidance_scale * (x_text - x_empty)             # CFG Eq. 6 with w = guidance_scale - 1

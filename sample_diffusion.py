@@ -19,9 +19,9 @@ from tqdm import tqdm
 from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
                    first_line, generator_for, pick_device, run, to_uint8, write_atomically)
 
-FORMAT = "text-to-image-diffusion-4"  # marks a checkpoint as ours, and its version
+FORMAT = "text-to-image-diffusion-5"  # marks a checkpoint as ours, and its version
 STEPS = 25                            # denoising steps of a picture
-GUIDANCE_SCALE = 1.5                  # weight of the prompt; 1 is plain conditional sampling
+GUIDANCE_SCALE = 3                    # weight of the prompt; 1 is plain conditional sampling
 BATCH = 16                            # pictures drawn at once: what a 16 GB Mac takes easily
 SHEET_SIZE = 128                      # smaller pictures are shown about this large on a sheet, in pixels
 LABEL = 18                            # pixels of height for a row's label

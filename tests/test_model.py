@@ -62,7 +62,7 @@ def test_the_scale_of_the_features_does_not_multiply_from_level_to_level():
     unet(*inputs())
     between = [module for name, module in unet.named_modules() if isinstance(module, torch.nn.Conv2d)
                and (name.endswith("skip") or name.startswith(("downsample", "upsample")))]
-    assert len(between) == 7
+    assert len(between) == 10
     for module in between:
         module.weight *= 10
     unet(*inputs())
@@ -278,25 +278,29 @@ def test_guidance_scale_1_asks_for_the_caption_alone(scheduler):
     assert len(asked) == 3 and all(torch.equal(context, text) and mask.all() for context, mask in asked)
 
 
-def test_guidance_steps_from_no_caption_towards_the_caption_in_one_pass(scheduler):
-    batches = []
-
-    def network(x, t, context, mask):  # answers 0.1 with a caption and 0.02 without: so small that nothing is clipped
-        batches.append(len(x))
-        return torch.where(mask.all(1), 0.1, 0.02)[:, None, None, None].expand_as(x)
-    found = draw(scheduler, network, steps=3, guidance_scale=3.0)
-    assert batches == [4, 4, 4]
-    assert torch.allclose(found, torch.tensor(0.02 + 3 * (0.1 - 0.02)))  # CFG Eq. 6
+def middle(t):
+    """Where guidance changes pictures: neither in the most noise nor in hardly any."""
+    return (t >= 50) & (t < 800)
 
 
-def test_every_step_of_a_guided_picture_is_guided(scheduler):
+def test_guidance_asks_without_and_with_the_caption_in_one_pass_in_the_middle_of_the_noise(scheduler):
+    asked = {}
+
+    def network(x, t, context, mask):
+        asked[int(t[0])] = mask.all(dim=1).tolist()
+        return wavy(x, t, context, mask)
+    draw(scheduler, network, steps=1000, guidance_scale=3.0)
+    assert asked == {t: [False, False, True, True] if middle(torch.tensor(t)) else [True, True] for t in range(1000)}
+
+
+def test_guided_pictures_are_those_of_the_network_that_guidance_makes(scheduler):
     seen = []
 
     def network(x, t, context, mask):
         return wavy(x, t, None, None) * torch.where(mask.all(1), 0.3, 0.2)[:, None, None, None]
 
-    def guided(x, t, context, mask):
-        return wavy(x, t, None, None) * 0.45
+    def guided(x, t, context, mask):  # CFG Eq. 6: 0.2 + 2.5 (0.3 - 0.2)
+        return wavy(x, t, None, None) * torch.where(middle(t), 0.45, 0.3)[:, None, None, None]
     found = draw(scheduler, network, steps=5, guidance_scale=2.5, on_step=seen.append)
     expected = draw(scheduler, guided, steps=5, guidance_scale=1)
     assert (found - expected).abs().max() < 1e-5
