@@ -39,7 +39,7 @@ from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, 
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=32, epochs=32, batch_size=16, lr=0.015, sample_every=8,  # 4 minutes on two CPU cores
+            image_size=32, channels=32, epochs=32, sample_every=8,                          # 4 minutes on two CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
@@ -78,10 +78,10 @@ def parse_args(argv=None):
     add("--image-size", type=number(int, STRIDE, 1024), default=64, help=f"pixels a side, a multiple of {STRIDE}")
     add("--channels", type=number(int, GROUPS, 1024), default=64,
         help=f"width of the UNet's first level, a multiple of {GROUPS}")
-    add("--epochs", type=count, default=1000, help="passes over the training pictures, in all; if raised on --resume, "
-                                                  "the learning rate goes on on the longer curve")
-    add("--batch-size", type=count, default=8, help="pictures per step")
-    add("--lr", type=number(float, 1e-9, 1), default=0.01, help="highest learning rate of Muon")
+    add("--epochs", type=count, default=200, help="passes over the training pictures, in all; if raised on --resume, "
+                                                 "the learning rate goes on on the longer curve")
+    add("--batch-size", type=count, default=16, help="pictures per step")
+    add("--lr", type=number(float, 1e-9, 1), default=0.015, help="highest learning rate of Muon")
     add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")
     add("--sample-every", type=count, default=10, help="epochs between sample sheets")

@@ -9,7 +9,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -59,15 +61,16 @@ def main():
         make(args.pokemon, HERE / "guidance_scales.png", WORDED[0], "--num-images", "6", "--guidance-scale",
              *"1 1.5 2 3 5".split())
         make(args.pokemon, HERE / "pokemon_samples.png", *WORDED, "--num-images", "6")
-        sheets = sorted((args.pokemon / "samples").glob("epoch_*.png"))
-        below([sheets[round(i)] for i in np.linspace(0, len(sheets) - 1, 3)], HERE / "progress.png")
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
     if args.over_time:
-        with tempfile.TemporaryDirectory() as folder:
-            sheets = [Path(folder, f"{i}.png") for i in range(len(args.over_time))]
-            for checkpoint, sheet in zip(args.over_time, sheets):
-                make(checkpoint, sheet, WORDED[0], "--num-images", "6")
-            below(sheets, HERE / "over_time.png")
+        rows = []
+        for checkpoint in args.over_time:
+            with tempfile.TemporaryDirectory() as folder:
+                sampling.main([WORDED[0], "--num-images", "6", "--checkpoint", str(checkpoint), "--output",
+                               str(Path(folder, "row.png"))])
+                pictures = [pil_to_tensor(Image.open(file)) for file in sorted(Path(folder).glob("row_*.png"))]
+            rows.append((f"epoch {sampling.load_checkpoint(checkpoint)['epoch']}", torch.stack(pictures)))
+        sampling.contact_sheet(rows).save(HERE / "over_time.png")
 
 
 if __name__ == "__main__":
