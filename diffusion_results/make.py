@@ -61,6 +61,8 @@ def main():
         make(args.pokemon, HERE / "guidance_scales.png", WORDED[0], "--num-images", "6", "--guidance-scale",
              *"1 1.5 2 3 5".split())
         make(args.pokemon, HERE / "pokemon_samples.png", *WORDED, "--num-images", "6")
+        sheets = sorted((args.pokemon / "samples").glob("epoch_*.png"))
+        below([sheets[round(i)] for i in np.linspace(0, len(sheets) - 1, 3)], HERE / "progress.png")
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
     if args.over_time:
         rows = []
