@@ -539,7 +539,7 @@ def test_more_epochs_go_on_on_the_longer_curve_whatever_log_csv_says(main, train
     main("--epochs", 2, "--resume")
     rows = logged(tmp_path / "run")
     assert [row["epoch"] for row in rows] == ["1", "2"] and rows[0] == logged(trained)[0]
-    assert float(rows[1]["lr"]) == pytest.approx(train.learning_rate(7, 8, 0.01), rel=1e-2)
+    assert float(rows[1]["lr"]) == pytest.approx(train.learning_rate(7, 8, train.parse_args([]).lr), rel=1e-2)
 
 
 @pytest.fixture
