@@ -182,32 +182,31 @@ def main(argv=None):
         raise UserError(f"--text-encoder: {name} is {encoder.dim} wide, that of {path} {unet.config['context_dim']}")
 
     states, mask = encoder([*args.prompts, ""])                             # one call, so all have one length L
-    row = torch.arange(len(args.prompts)).repeat_interleave(args.num_images)
-    text, no_text = (states[row], mask[row]), (states[-1:], mask[-1:])
-    seeds = [(args.seed, i) for _ in args.prompts for i in range(args.num_images)]  # prompts share their noise
-    noisy = []                                                              # every x_t, for --animate
-    with tqdm(total=len(args.guidance_scale) * len(seeds) * args.steps, unit=" picture steps", leave=False) as bar:
+    rows = [(i, scale) for i in range(len(args.prompts)) for scale in args.guidance_scale]
+    seeds = [(args.seed, i) for i in range(args.num_images)]                # the same noise in every row
+    drawn, noisy = [], []                                                   # noisy: every x_t, for --animate
+    with tqdm(total=len(rows) * len(seeds) * args.steps, unit=" picture steps", leave=False) as bar:
         def on_step(x_t):
             """Move the bar on, and keep what --animate shows."""
             bar.update(len(x_t))
             if args.animate:
                 noisy.append(to_uint8(x_t).cpu())
-        drawn = [draw(unet, scheduler, text, no_text, seeds, args.steps, scale, on_step)
-                 for scale in args.guidance_scale]
+        for i, scale in rows:
+            same = [i] * len(seeds)
+            drawn.append(draw(unet, scheduler, (states[same], mask[same]), (states[-1:], mask[-1:]), seeds, args.steps,
+                              scale, on_step))
 
     def sheet(pictures):
         """Pictures in the order they were drawn in -> a sheet with a row for each prompt and scale."""
-        groups = pictures.unflatten(0, (len(args.guidance_scale), len(args.prompts), args.num_images))
-        return contact_sheet([(f"guidance {scale:g}: {prompt}", groups[s, p])
-                              for p, prompt in enumerate(args.prompts) for s, scale in enumerate(args.guidance_scale)])
+        labels = [f"guidance {scale:g}: {args.prompts[i]}" for i, scale in rows]
+        return contact_sheet(list(zip(labels, pictures.split(len(seeds)))))
 
     from torchvision.transforms.v2.functional import to_pil_image
     pictures, output = torch.cat(drawn), unused(args.output)
     files = {output: encoded(to_pil_image(pictures[0]) if len(pictures) == 1 else sheet(pictures), output.suffix)}
-    if len(pictures) > 1:                                                   # numbered in the sheet's order
-        order = torch.arange(len(pictures)).view(len(args.guidance_scale), len(args.prompts), -1).transpose(0, 1)
-        files |= {output.with_stem(f"{output.stem}_{i:02d}"): encoded(to_pil_image(pictures[k]), output.suffix)
-                  for i, k in enumerate(order.flatten().tolist())}
+    if len(pictures) > 1:
+        files |= {output.with_stem(f"{output.stem}_{i:02d}"): encoded(to_pil_image(picture), output.suffix)
+                  for i, picture in enumerate(pictures)}
     if args.animate:
         moments = torch.linspace(0, args.steps - 1, min(FRAMES, args.steps)).round().int().tolist()
         frames = [sheet(torch.cat(noisy[moment::args.steps])) for moment in moments]

@@ -21,7 +21,6 @@ import threading
 import time
 import unicodedata
 from collections import Counter
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 
@@ -56,7 +55,6 @@ EMA_DECAY = 0.999        # EMA of the weights: over the last 1 / (1 - 0.999) = 1
 CLIP_NORM = 1.0          # gradients longer than this are shortened to it
 SAMPLES = 6              # pictures of each prompt on a sample sheet
 READ_EVERY = 10          # steps between readings of the loss: each waits for the device
-LOG_COLUMNS = ("epoch", "step", "train_loss", "val_loss", "lr", "seconds", "val_loss_shuffled", "val_loss_empty")
 MUST_MATCH = ("image_size", "channels", "batch_size", "lr", "seed")  # to go on with a run, beside the data themselves
 
 
@@ -439,11 +437,10 @@ def to_cpu(tree):
     return tree.cpu() if isinstance(tree, torch.Tensor) else tree
 
 
-@contextmanager
-def by_product(path):
-    """What fails in here costs a warning in one line, not the run: a file open elsewhere, a broken matplotlib."""
+def by_product(path, make):
+    """Write the bytes that make() returns. What fails costs a warning, not the run: a file open elsewhere, matplotlib."""
     try:
-        yield
+        write_atomically(path, make())
     except Exception as error:
         tqdm.write(f"warning: {path} was not written: {first_line(error)}")
 
@@ -599,21 +596,16 @@ def main(argv=None):
             if state["epoch"] % args.save_every == 0 or last:
                 save()
             if rank == 0:
-                with by_product(out / "log.csv"):
-                    lines = [LOG_COLUMNS, *([row[name] for name in LOG_COLUMNS] for row in state["log"])]
-                    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-                    write_atomically(out / "log.csv", text.encode())
+                lines = [state["log"][0].keys(), *(row.values() for row in state["log"])]
+                by_product(out / "log.csv", lambda: "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
             if rank == 0 and (state["epoch"] % args.sample_every == 0 or last):
-                sheet = out / "samples" / f"epoch_{state['epoch']:04d}.png"
-                rows = torch.arange(len(args.prompts)).repeat_interleave(SAMPLES)      # the same noise in every row
-                seeds = [(args.seed, i) for _ in args.prompts for i in range(SAMPLES)]  # and every epoch
-                drawn = draw(ema, scheduler, (prompt_states[rows], prompt_mask[rows]),
-                             (prompt_states[-1:], prompt_mask[-1:]), seeds)
-                with by_product(sheet):
-                    sheet_rows = list(zip(args.prompts, drawn.split(SAMPLES)))
-                    write_atomically(sheet, encoded(contact_sheet(sheet_rows), ".png"))
-                with by_product(out / "loss.png"):
-                    write_atomically(out / "loss.png", loss_curve(state["log"]))
+                rows = torch.arange(len(args.prompts)).repeat_interleave(SAMPLES)
+                seeds = [(args.seed, i) for i in range(SAMPLES)] * len(args.prompts)  # the same noise in every row
+                drawn = draw(ema, scheduler, (prompt_states[rows], prompt_mask[rows]),  # and every epoch
+                             (prompt_states[-1:], prompt_mask[-1:]), seeds).split(SAMPLES)
+                by_product(out / "samples" / f"epoch_{state['epoch']:04d}.png",
+                           lambda: encoded(contact_sheet(list(zip(args.prompts, drawn))), ".png"))
+                by_product(out / "loss.png", lambda: loss_curve(state["log"]))
         if stopped:
             save()
     if processes > 1:
