@@ -8,7 +8,6 @@
 
 It writes to --output-dir: checkpoint.pt, log.csv (a row per epoch), loss.png and samples/epoch_0010.png ...
 """
-import argparse
 import csv
 import hashlib
 import io
@@ -20,11 +19,11 @@ import sys
 import threading
 import time
 import unicodedata
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import distributed
@@ -62,22 +61,17 @@ MUST_MATCH = ("image_size", "channels", "batch_size", "lr", "seed")  # to go on 
 
 def parse_args(argv=None):
     """Command line -> namespace; argparse itself names a wrong flag and exits with 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add, count = parser.add_argument, number(int, 1, 10 ** 9)
     add("--dataset", default="svjack/pokemon-blip-captions-en-zh",
-        help="hub name or folder: pictures with metadata.jsonl or .csv (file_name, text), parquet files, or "
-             "pictures each with a .txt of the same name")
+        help="hub name or folder: metadata.jsonl or .csv (file_name, text), parquet files, or a .txt for each picture")
     add("--image-column", default="image", help="column that holds the pictures")
-    add("--caption-column", help="column that holds the captions; if not given, the first of "
-                                 + ", ".join(CAPTION_COLUMNS) + " that is there")
+    add("--caption-column", help="column that holds the captions; if not given, " + " or ".join(CAPTION_COLUMNS))
     add("--text-encoder", default="openai/clip-vit-base-patch32", help="hub name or folder of a CLIP text encoder")
     add("--demo", action="store_true", help="train a small model on the drawings in examples/, without a network")
     add("--image-size", type=number(int, STRIDE, 1024), default=64, help=f"pixels a side, a multiple of {STRIDE}")
-    add("--channels", type=number(int, GROUPS, 1024), default=64,
-        help=f"width of the UNet's first level, a multiple of {GROUPS}")
-    add("--epochs", type=count, default=200, help="passes over the training pictures, in all; if raised on --resume, "
-                                                 "the learning rate goes on on the longer curve")
+    add("--channels", type=number(int, GROUPS, 1024), default=64, help=f"the UNet's width, a multiple of {GROUPS}")
+    add("--epochs", type=count, default=200, help="passes over the pictures, in all; it can be raised on --resume")
     add("--batch-size", type=count, default=16, help="pictures per step")
     add("--lr", type=number(float, 1e-9, 1), default=0.015, help="highest learning rate of Muon")
     add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
@@ -88,8 +82,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the weights, the held-out pictures, all noise")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), cuda, mps or cpu")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-        help="auto is bf16 where CUDA or the CPU has it in hardware, else fp32")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if CUDA or the CPU has it")
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
@@ -97,8 +90,7 @@ def parse_args(argv=None):
     for flag, value, unit in ("--image-size", args.image_size, STRIDE), ("--channels", args.channels, GROUPS):
         if value % unit:
             parser.error(f"{flag}: {value} is not a multiple of {unit}")
-    if args.output_dir is None:
-        args.output_dir = Path("output") / ("demo" if args.demo else Path(args.dataset).resolve().name)
+    args.output_dir = args.output_dir or Path("output", "demo" if args.demo else Path(args.dataset).resolve().name)
     return args
 
 
@@ -107,22 +99,20 @@ def parse_args(argv=None):
 def read_rows(args):
     """--dataset -> [(name, picture as a path or the bytes of a file, caption)], in order. Raises UserError."""
     path = Path(args.dataset)
-    path = path / "train" if (path / "dataset_dict.json").is_file() else path       # what save_to_disk makes
-    if not path.exists():
-        return list(table_rows(hub_table(args.dataset), path, {}, args))
+    if not path.exists() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return list(table_rows(path, {}, args))                           # on the hub, or made by save_to_disk
     files = list(walk(path, args.output_dir)) if path.is_dir() else [path]
     metadata = {file.parent: file for file in files if file.name in ("metadata.csv", "metadata.jsonl")}  # one a folder
-    tables = [file for file in files if file.suffix.lower() in (".parquet", ".arrow")
-              and not file.name.startswith("cache-")]
+    tables = [file for file in files if file.suffix.lower() == ".parquet"]
     tables = [file for file in tables if file.name.startswith("train-")] or tables
     readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    texts = {same_name(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
     pictures = {file: same_name(file.with_suffix("")) for file in files if file.suffix.lower() in readable}
+    texts = {same_name(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
     if metadata or not texts.keys().isdisjoint(pictures.values()):        # then a .parquet holds something else
         tables = metadata.values()
     by_name = {same_name(file): file for file in files}
-    rows = ([row for file in tables for row in table_rows(read_file(file), file, by_name, args)] if tables else
-            list(text_file_rows(files, texts, pictures)))
+    rows = ([row for table in tables for row in table_rows(table, by_name, args)] if tables else
+            list(text_rows(files, pictures, texts)))
     if not rows:
         raise UserError(f"--dataset {path}: no metadata.jsonl or metadata.csv, no .parquet file and no picture in it")
     return rows
@@ -130,15 +120,14 @@ def read_rows(args):
 
 def walk(folder, output):
     """Every file below a folder, in order, through links; not what is hidden, or left by a system or our scripts."""
+    hidden = (".", "__MACOSX", "@eaDir")                                  # the last two: made by a Mac's zip, by a NAS
     seen = {os.path.realpath(output), os.path.realpath("output")} - {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
         if (here := os.path.realpath(root)) in seen:                      # by a link: each folder counts once
-            folders.clear()
-            continue
+            folders[:] = names[:] = []
         seen.add(here)
-        folders[:] = sorted((name for name in folders if not name.startswith(".")
-                             and name not in ("__MACOSX", "@eaDir")), key=same_name)
-        yield from (Path(root, name) for name in sorted(names, key=same_name) if not name.startswith("."))
+        folders[:] = sorted((name for name in folders if not name.startswith(hidden)), key=same_name)
+        yield from (Path(root, name) for name in sorted(names, key=same_name) if not name.startswith(hidden))
 
 
 def same_name(path):
@@ -146,37 +135,67 @@ def same_name(path):
     return unicodedata.normalize("NFC", os.fsencode(os.path.normpath(path)).decode("utf-8", "replace"))
 
 
-def read_file(file):
-    """The text of a .txt, or the rows of a .csv, .jsonl, .parquet or .arrow file, each a dict. Raises UserError."""
+def text_rows(files, pictures, texts):
+    """Pictures, each with a .txt of the same name -> rows. Raises UserError for one without."""
+    # A captioned file that Pillow does not know (.heic) is a picture too: `decode` will name it
+    alone = texts.keys() - set(pictures.values())
+    for file in files:
+        name = same_name(file.with_suffix(""))
+        if file in pictures and name not in texts:
+            raise UserError(f"{file} has no caption: expected {file.with_suffix('.txt').name} beside it, or a "
+                            "metadata.jsonl or metadata.csv with the columns file_name and text")
+        if file in pictures or name in alone and file != texts[name]:
+            yield str(file), file, read(texts[name])
+
+
+def table_rows(source, by_name, args):
+    """A table -> rows. Its pictures are paths, bytes, or a struct of both. Raises UserError for a missing column."""
+    column = "file_name" if source.suffix in (".csv", ".jsonl") else args.image_column
+    captions = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
+    for i, row in enumerate(read(source)):
+        if None in row:                                                   # csv's name for cells beyond the header
+            raise UserError(f"{source}: more cells than columns (a comma without quotes?): {row!r:.99}")
+        for flag, names in ("--image-column", [column]), ("--caption-column", captions):
+            if row.keys().isdisjoint(names):
+                raise UserError(f"{flag}: {source} has no {' or '.join(map(repr, names))}, only {', '.join(row)}")
+        picture, name = row[column], f"in row {i}, column {column!r} of {source}"
+        if isinstance(picture, dict):
+            picture = picture.get("bytes") or picture.get("path")
+        if isinstance(picture, str):
+            name = f"{picture} {name}"
+            picture = by_name.get(same_name(source.parent / picture), source.parent / picture)
+        yield name, picture, next(row[caption] for caption in captions if caption in row)
+
+
+def read(source):
+    """A .txt file -> its text; a .csv or .jsonl, or what `dataset_rows` takes -> a list of dicts. Raises UserError."""
     try:
-        if file.suffix.lower() in (".txt", ".csv", ".jsonl"):
-            text = io.StringIO(file.read_bytes().decode("utf-8-sig"), newline="")  # with a byte order mark or without
-            if file.suffix == ".csv":
-                return list(csv.DictReader(text, strict=True))
-            return [dict(json.loads(line)) for line in text if line.strip()] if file.suffix == ".jsonl" else text.read()
-        import datasets  # seconds to import: only for the tables that need it
-        import pyarrow.parquet
-        if file.suffix == ".arrow":
-            return list(plain(datasets.Dataset.from_file(str(file))))
-        return list(plain(datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(file)))))
-    except Exception as error:  # each library's own, for what is no such file or has an odd schema
-        raise UserError(f"{file}: {first_line(error)}") from error
+        if source.suffix.lower() not in (".txt", ".csv", ".jsonl"):
+            return list(dataset_rows(source))
+        text = source.read_bytes().decode("utf-8-sig")                    # with a byte order mark or without
+        if source.suffix == ".csv":
+            return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        if source.suffix == ".jsonl":
+            return [dict(json.loads(line)) for line in text.split("\n") if line.strip()]
+        return text
+    except UserError:
+        raise
+    except Exception as error:  # each library's own, the network's or the disk's: what is innermost says most
+        raise UserError(f"{source}: {download_help('--dataset', str(source), error)}") from error
 
 
-def hub_table(name):
-    """A data set on the hub -> the rows of its split 'train', or of the only one. Raises UserError."""
-    import datasets
-    try:
-        splits = datasets.load_dataset(name)
-    except Exception as error:  # the hub's, the network's or the disk's: what is innermost says most
-        raise UserError(f"--dataset {name}: {download_help('--dataset', name, error)}") from error
-    if "train" not in splits and len(splits) > 1:
-        raise UserError(f"--dataset {name}: no split 'train', only {', '.join(splits)}")
-    return plain(splits.get("train", next(iter(splits.values()))))
-
-
-def plain(table):
-    """datasets.Dataset -> its rows, each a dict: pictures as they are stored, class labels as their names."""
+def dataset_rows(source):
+    """A .parquet file, a folder of save_to_disk or a name on the hub -> dicts: pictures as stored, labels as names."""
+    import datasets  # seconds to import: only for what needs it
+    import pyarrow.parquet
+    if source.is_file():
+        table = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(source)))
+    else:
+        table = datasets.load_from_disk(source) if source.is_dir() else datasets.load_dataset(source.as_posix())
+    if isinstance(table, dict):                                           # of splits
+        if "train" not in table and len(table) > 1:
+            raise UserError(f"--dataset {source}: no split 'train', only {', '.join(table)}")
+        table = table.get("train", next(iter(table.values())))
     labels = {name: dict(enumerate(feature.names)) for name, feature in table.features.items()
               if hasattr(feature, "names")}
     for part in table.with_format("arrow").iter(100):
@@ -184,56 +203,18 @@ def plain(table):
             yield row | {name: names.get(row[name]) for name, names in labels.items()}
 
 
-def table_rows(table, source, by_name, args):
-    """Rows as dicts -> rows. Pictures are paths, bytes, or a struct of both. Raises UserError for a missing column."""
-    column = "file_name" if source.suffix in (".csv", ".jsonl") else args.image_column
-    captions = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
-    for i, row in enumerate(table):
-        if None in row:                                                   # csv's name for cells beyond the header
-            raise UserError(f"{source}: more cells than columns (a comma without quotes?): {row!r:.99}")
-        caption = next((name for name in captions if name in row), None)
-        if column not in row or caption is None:
-            wrong = ("--caption-column", captions) if column in row else ("--image-column", [column])
-            raise UserError(f"{wrong[0]}: {source} has no {' or '.join(map(repr, wrong[1]))}, only {', '.join(row)}")
-        picture, name = row[column], f"in row {i}, column {column!r} of {source}"
-        if isinstance(picture, dict):
-            picture = picture.get("bytes") or picture.get("path")
-        if isinstance(picture, str):
-            name = f"{picture} {name}"
-            picture = by_name.get(same_name(source.parent / picture), source.parent / picture)
-        yield name, picture, row[caption]
-
-
-def text_file_rows(files, texts, pictures):
-    """Pictures, each with a .txt of the same name -> rows. Raises UserError for one without."""
-    named = set(pictures.values())
-    for file in files:
-        name = same_name(file.with_suffix(""))
-        if file in pictures and name not in texts:
-            raise UserError(f"{file} has no caption: expected {file.with_suffix('.txt').name} beside it, or a "
-                            "metadata.jsonl or metadata.csv with the columns file_name and text")
-        # A captioned file that Pillow does not know (.heic) is a row too: `decode` will name it
-        if file in pictures or name in texts and name not in named and file != texts[name]:
-            yield str(file), file, read_file(texts[name])
-
-
-def to_rgb(picture):
-    """Any PIL picture -> upright RGB; transparent areas become white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):                                      # 16 bits of grey, which PIL would clip at 255
-        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
 def decode(name, picture, size):
-    """A path or the bytes of a picture file -> uint8 (3, size, size), the centre square. Raises UserError."""
+    """A path or the bytes of a picture file -> uint8 RGB (3, size, size), its centre square. Raises UserError."""
     from torchvision.transforms.v2.functional import pil_to_tensor
     try:
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
-            return pil_to_tensor(ImageOps.fit(to_rgb(opened), (size, size), Image.Resampling.BILINEAR))
+            picture = ImageOps.exif_transpose(opened)                     # upright
+        if picture.mode.startswith("I"):                                  # 16 bits of grey, which PIL would clip at 255
+            picture = picture.convert("I").point(lambda grey: grey / 257 + 0.5).convert("L")
+        if picture.has_transparency_data:                                 # white behind it
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return pil_to_tensor(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
     except Exception as error:  # PIL's readers of some twenty formats raise whatever a damaged file leads them to
         raise UserError(f"picture {name} can't be read: {first_line(error)}") from error
 
@@ -257,20 +238,19 @@ class Pictures:
         for some in tqdm(range(0, len(rows) + 1, 64), desc="encoding captions", leave=False):
             states += [row[real] for row, real in zip(*encoder([*captions, ""][some:some + 64]))]
         self.states = pad_sequence(states, batch_first=True)
-        lengths = torch.tensor([len(row) for row in states])
-        self.mask = torch.arange(self.states.shape[1]) < lengths[:, None]
+        self.mask = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in states], batch_first=True)
         self.hashes = [hashlib.sha256(picture.numpy()).hexdigest() for picture in self.pixels]
         self.fingerprint = hashlib.sha256(json.dumps([self.hashes, captions]).encode()).hexdigest()
 
     def split(self, seed):
         """Row numbers -> (training, held out), shuffled by the seed. All rows of one picture are on the same side."""
         order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
-        rows_of, room, ahead = Counter(self.hashes), max(1, round(len(order) * VALIDATION_SHARE)), set()
+        rows_of, ahead = Counter(self.hashes), set()
+        room = max(min(rows_of.values()), round(len(order) * VALIDATION_SHARE))
         for picture in dict.fromkeys(self.hashes[i] for i in order):
             if rows_of[picture] <= room:
                 ahead.add(picture)
                 room -= rows_of[picture]
-        ahead = ahead or {min(rows_of, key=rows_of.get)}
         return ([i for i in order if self.hashes[i] not in ahead], [i for i in order if self.hashes[i] in ahead])
 
     def batch(self, indices, captions=None):
