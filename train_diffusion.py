@@ -120,14 +120,14 @@ def read_rows(args):
 
 def walk(folder, output):
     """Every file below a folder, in order, through links; not what is hidden, or left by a system or our scripts."""
-    hidden = (".", "__MACOSX", "@eaDir")                                  # the last two: made by a Mac's zip, by a NAS
     seen = {os.path.realpath(output), os.path.realpath("output")} - {os.path.realpath(folder)}
     for root, folders, names in os.walk(folder, followlinks=True):
         if (here := os.path.realpath(root)) in seen:                      # by a link: each folder counts once
             folders[:] = names[:] = []
         seen.add(here)
-        folders[:] = sorted((name for name in folders if not name.startswith(hidden)), key=same_name)
-        yield from (Path(root, name) for name in sorted(names, key=same_name) if not name.startswith(hidden))
+        folders[:] = sorted((name for name in folders if not name.startswith(".")
+                             and name not in ("__MACOSX", "@eaDir")), key=same_name)  # of a Mac's zip, of a NAS
+        yield from (Path(root, name) for name in sorted(names, key=same_name) if not name.startswith("."))
 
 
 def same_name(path):
