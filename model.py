@@ -17,6 +17,7 @@ Papers, named at each formula by these short names:
     LDM    Rombach et al. 2021, Latent Diffusion, arXiv 2112.10752 (spatial transformer)
 """
 import hashlib
+import io
 import logging
 import math
 import os
@@ -429,9 +430,8 @@ def autocast(device, precision="auto"):
     cpu = getattr(torch.cpu, "get_capabilities", dict)()               # torch before 2.10 can't be asked: fp32
     bf16 = dict(cuda=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
                 cpu=cpu.get("avx512_bf16") or cpu.get("amx_bf16"), mps=False)  # on Macs measured to be slower than fp32
-    if precision == "bf16" or precision == "auto" and bf16[device.type]:
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
+    wanted = precision == "bf16" or precision == "auto" and bf16[device.type]
+    return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
 
 
 def generator_for(*key):
@@ -444,13 +444,15 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def write_atomically(path, content):
-    """Write bytes beside `path`, and move them into place once they are whole: never half a file. Raises UserError."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def write_atomically(path, save):
+    """Write what save(file) writes beside `path`, and move it into place: never half a file. Raises UserError."""
+    content, beside = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    content.name = path.name                              # Pillow chooses the format by it
+    save(content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            file.write(content)
+            file.write(content.getbuffer())
             file.flush()
             with suppress(OSError):                       # some network disks have no fsync
                 os.fsync(file.fileno())
@@ -460,6 +462,7 @@ def write_atomically(path, content):
             time.sleep(wait)
         os.replace(beside, path)
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink()
         raise UserError(f"{path} could not be written: {first_line(error)}") from error
+    finally:
+        with suppress(OSError):                           # gone already, if all went well
+            beside.unlink()

@@ -5,14 +5,15 @@
     python sample_diffusion.py "a water type pokemon" --animate               # and a .gif of the noise turning into it
 """
 import argparse
-import io
 import os
 import pickle
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -32,7 +33,6 @@ CJK_FONTS = ("Hiragino Sans GB.ttc", "msyh.ttc", "NotoSansCJK-Regular.ttc", "wqy
 def number(kind, low, high):
     """An argparse type: a number of that kind from low to high."""
     def read(text):
-        """The number that the text says, or argparse's error."""
         if not low <= kind(text) <= high:                      # nan is not either
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
@@ -72,14 +72,6 @@ def parse_args(argv=None):
     return args
 
 
-def newest_checkpoint():
-    """The checkpoint that was trained last in the folders that train_diffusion.py writes to by default."""
-    found = sorted(Path("output").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise UserError("no output/*/checkpoint.pt here: train with train_diffusion.py first, or name a --checkpoint")
-    return found[-1]
-
-
 def load_checkpoint(path):
     """The dictionary that train_diffusion.py saved. Raises UserError where the file is anything else."""
     try:
@@ -103,42 +95,39 @@ def checkpoint_errors(path):
         raise UserError(f"checkpoint {path} does not fit this version of model.py: {first_line(error)}") from error
 
 
-def draw(unet, scheduler, text, no_text, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, on_step=None):
-    """Captions' states -> uint8 pictures (B, 3, H, W) on the CPU, one for each key of `seeds`.
+def draw(unet, scheduler, text, rows, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, on_step=None):
+    """Captions' states -> uint8 pictures (B, 3, H, W) on the CPU.
 
-    text: (states (B, L, D), mask (B, L)); no_text: the same of the empty caption, (1, L, D) and (1, L).
-    seeds: B tuples of whole numbers. A picture's noise follows from its own, whatever batch it is drawn in.
+    text: (states (N + 1, L, D), mask (N + 1, L)) of N captions and the empty one; rows: B row numbers, of the captions
+    to draw. seeds: B tuples of whole numbers. A picture's noise follows from its own, whatever batch it is drawn in.
     on_step: called with every x_t of every batch.
     """
     device, size, pictures = scheduler.signal.device, unet.config["image_size"], []
     for start in range(0, len(seeds), BATCH):
         generators = [generator_for(*key) for key in seeds[start:start + BATCH]]
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
-        some = tuple(part[start:start + BATCH].to(device) for part in text)
-        none = tuple(part.expand(len(noise), *part.shape[1:]).contiguous().to(device) for part in no_text)
+        some = [part[rows[start:start + BATCH]].to(device) for part in text]
+        none = [part[[-1] * len(noise)].to(device) for part in text]
         with autocast(device):
             x_0 = scheduler.sample(unet, noise, some, none, generators, steps, guidance_scale, on_step)
         pictures.append(to_uint8(x_0).cpu())
     return torch.cat(pictures)
 
 
-def contact_sheet(rows):
-    """[(label, uint8 pictures (B, 3, H, W))] -> one PIL picture, a labelled row for each, small pictures enlarged."""
+def contact_sheet(labels, pictures):
+    """uint8 pictures (R * B, 3, H, W) -> one PIL picture: a row of B for each of R labels, small pictures enlarged."""
     from torchvision.transforms.v2.functional import to_pil_image  # a second to import: only where a sheet is made
     from torchvision.utils import make_grid
-    zoom = max(1, SHEET_SIZE // rows[0][1].shape[-1])
-    grids = [to_pil_image(make_grid(pictures.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3),
-                                    min(len(pictures), 20), 4, pad_value=255)) for _, pictures in rows]
-    sheet = Image.new("RGB", (max(400, *(grid.width for grid in grids)), sum(LABEL + grid.height for grid in grids)),
-                      "white")
-    top = 0
-    for (label, _), grid in zip(rows, grids):
-        font, label = label_font(label), " ".join(label.split())[:sheet.width]   # one line, cut to the sheet's width
-        while font.getlength(label) > sheet.width - 8:
+    enlarged = F.interpolate(pictures, scale_factor=max(1, SHEET_SIZE // pictures.shape[-1]))
+    grids = [to_pil_image(make_grid(row, min(len(row), 20), 4, pad_value=255)) for row in enlarged.chunk(len(labels))]
+    width, height = max(400, grids[0].width), LABEL + grids[0].height
+    sheet = Image.new("RGB", (width, height * len(grids)), "white")
+    for i, (label, grid) in enumerate(zip(labels, grids)):
+        font, label = label_font(label), " ".join(label.split())[:width]         # one line, cut to the sheet's width
+        while font.getlength(label) > width - 8:
             label = label.removesuffix("...")[:-1] + "..."
-        ImageDraw.Draw(sheet).text((4, top + 2), label, "black", font)
-        sheet.paste(grid, (0, top + LABEL))
-        top += LABEL + grid.height
+        ImageDraw.Draw(sheet).text((4, i * height + 2), label, "black", font)
+        sheet.paste(grid, (0, i * height + LABEL))
     return sheet
 
 
@@ -148,13 +137,6 @@ def label_font(text):
         with suppress(OSError):
             return ImageFont.truetype(name, 12)
     return ImageFont.load_default(size=12)
-
-
-def encoded(picture, suffix, **options):
-    """A PIL picture -> the bytes of a file in the suffix's format."""
-    file = io.BytesIO()
-    picture.save(file, Image.registered_extensions()[suffix.lower()], **options)
-    return file.getvalue()
 
 
 def unused(path):
@@ -168,7 +150,9 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     check_writable("--output", args.output.parent)
-    path = args.checkpoint or newest_checkpoint()
+    path = args.checkpoint or max(Path("output").glob("*/checkpoint.pt"), key=os.path.getmtime, default=None)
+    if path is None:
+        raise UserError("no output/*/checkpoint.pt here: train with train_diffusion.py first, or name a --checkpoint")
     checkpoint = load_checkpoint(path)
     with checkpoint_errors(path):
         scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
@@ -181,39 +165,31 @@ def main(argv=None):
     if encoder.dim != unet.config["context_dim"]:
         raise UserError(f"--text-encoder: {name} is {encoder.dim} wide, that of {path} {unet.config['context_dim']}")
 
-    states, mask = encoder([*args.prompts, ""])                             # one call, so all have one length L
+    text = encoder([*args.prompts, ""])                                     # one call, so all have one length L
     rows = [(i, scale) for i in range(len(args.prompts)) for scale in args.guidance_scale]
+    labels = [f"guidance {scale:g}: {args.prompts[i]}" for i, scale in rows]
     seeds = [(args.seed, i) for i in range(args.num_images)]                # the same noise in every row
-    drawn, noisy = [], []                                                   # noisy: every x_t, for --animate
-    with tqdm(total=len(rows) * len(seeds) * args.steps, unit=" picture steps", leave=False) as bar:
+    noisy = []                                                              # every x_t, for --animate
+    with tqdm(total=len(labels) * len(seeds) * args.steps, unit=" picture steps", leave=False) as bar:
         def on_step(x_t):
             """Move the bar on, and keep what --animate shows."""
             bar.update(len(x_t))
             if args.animate:
                 noisy.append(to_uint8(x_t).cpu())
-        for i, scale in rows:
-            same = [i] * len(seeds)
-            drawn.append(draw(unet, scheduler, (states[same], mask[same]), (states[-1:], mask[-1:]), seeds, args.steps,
-                              scale, on_step))
+        pictures = torch.cat([draw(unet, scheduler, text, [i] * len(seeds), seeds, args.steps, scale, on_step)
+                              for i, scale in rows])
 
-    def sheet(pictures):
-        """Pictures in the order they were drawn in -> a sheet with a row for each prompt and scale."""
-        labels = [f"guidance {scale:g}: {args.prompts[i]}" for i, scale in rows]
-        return contact_sheet(list(zip(labels, pictures.split(len(seeds)))))
-
-    from torchvision.transforms.v2.functional import to_pil_image
-    pictures, output = torch.cat(drawn), unused(args.output)
-    files = {output: encoded(to_pil_image(pictures[0]) if len(pictures) == 1 else sheet(pictures), output.suffix)}
-    if len(pictures) > 1:
-        files |= {output.with_stem(f"{output.stem}_{i:02d}"): encoded(to_pil_image(picture), output.suffix)
-                  for i, picture in enumerate(pictures)}
+    images, output = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures], unused(args.output)
+    files = {output: (contact_sheet(labels, pictures) if len(images) > 1 else images[0]).save}  # path: what writes it
+    if len(images) > 1:
+        files |= {output.with_stem(f"{output.stem}_{i:02d}"): image.save for i, image in enumerate(images)}
     if args.animate:
         moments = torch.linspace(0, args.steps - 1, min(FRAMES, args.steps)).round().int().tolist()
-        frames = [sheet(torch.cat(noisy[moment::args.steps])) for moment in moments]
-        files[output.with_suffix(".gif")] = encoded(frames[0], ".gif", save_all=True, append_images=frames[1:], loop=0,
+        frames = [contact_sheet(labels, torch.cat(noisy[moment::args.steps])) for moment in moments]
+        files[output.with_suffix(".gif")] = partial(frames[0].save, save_all=True, append_images=frames[1:], loop=0,
                                                     duration=[100] * (len(frames) - 1) + [2500])  # milliseconds
-    for file, content in files.items():
-        write_atomically(file, content)
+    for file, save in files.items():
+        write_atomically(file, save)
     print(trained_on, *files, sep="\n")
 
 

@@ -16,11 +16,11 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import unicodedata
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import Counter
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from model import (GROUPS, STRIDE, NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
                    download_help, first_line, generator_for, pick_device, run, write_atomically)
-from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, draw, encoded, load_checkpoint, number
+from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, draw, load_checkpoint, number
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
@@ -383,10 +383,10 @@ class StopRequest:
 
     def __enter__(self):
         self.signal, self.before = 0, {}
-        if threading.current_thread() is threading.main_thread():          # Python allows handlers nowhere else
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)                       # Windows has no SIGHUP
-                if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)                           # Windows has no SIGHUP
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+                with suppress(ValueError):                                 # in a thread, Python allows no handlers
                     self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -417,19 +417,19 @@ def to_cpu(tree):
     return tree.cpu() if isinstance(tree, torch.Tensor) else tree
 
 
-def by_product(path, make):
-    """Write the bytes that make() returns. What fails costs a warning, not the run: a file open elsewhere, matplotlib."""
+def by_product(path, save):
+    """Write what save(file) writes. What fails costs a warning, not the run: a full disk, no matplotlib."""
     try:
-        write_atomically(path, make())
+        write_atomically(path, save)
     except Exception as error:
         tqdm.write(f"warning: {path} was not written: {first_line(error)}")
 
 
 def loss_curve(rows):
-    """The bytes of loss.png: training loss, held-out losses and the learning rate."""
+    """matplotlib's figure of the log: training loss, held-out losses and the learning rate."""
     from matplotlib.figure import Figure
-    figure, file = Figure(figsize=(7, 4), layout="constrained"), io.BytesIO()
-    axes, epochs = figure.subplots(), [row["epoch"] for row in rows]
+    figure, epochs = Figure(figsize=(7, 4), dpi=110, layout="constrained"), [row["epoch"] for row in rows]
+    axes = figure.subplots()
     for name in ("train_loss", "val_loss", "val_loss_shuffled", "val_loss_empty"):
         axes.plot(epochs, [float(row[name]) for row in rows], label=name.replace("_", " "))
     axes.set(xlabel="epoch", ylabel="loss", yscale="log")
@@ -437,8 +437,7 @@ def loss_curve(rows):
     right = axes.twinx()
     right.plot(epochs, [float(row["lr"]) for row in rows], color="lightgrey")
     right.set_ylabel("learning rate (grey)")
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------- main
@@ -458,11 +457,10 @@ def main(argv=None):
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     # Data: pictures and captions, once; then CLIP is let go
-    checkpoint = load_checkpoint(path) if args.resume else None
     ask_hub(args.text_encoder, args.dataset)
     encoder = TextEncoder(args.text_encoder)
     pictures = Pictures(read_rows(args), args.image_size, encoder)
-    prompt_states, prompt_mask = encoder([*args.prompts, ""])
+    prompts = encoder([*args.prompts, ""])
     del encoder
     training, held_out = pictures.split(args.seed)
     steps_per_epoch = len(training) // args.batch_size            # what is left over waits for a later epoch
@@ -481,9 +479,10 @@ def main(argv=None):
     scheduler = NoiseScheduler().to(device)
 
     # Where the run stands
+    step, loss_sum, seconds, log = 0, 0.0, 0.0, []                # the epoch's losses so far; a row per finished epoch
     flags = {name: getattr(args, name) for name in (*MUST_MATCH, "text_encoder")}
-    state = dict(step=0, epoch=0, loss_sum=0.0, seconds=0.0, log=[])
-    if checkpoint:
+    if args.resume:
+        checkpoint = load_checkpoint(path)
         with checkpoint_errors(path):
             differ = [f"--{name.replace('_', '-')} is {flags[name]}, was {checkpoint['flags'][name]}"
                       for name in MUST_MATCH if checkpoint["flags"][name] != flags[name]]
@@ -497,101 +496,78 @@ def main(argv=None):
             ema.load_state_dict(checkpoint["ema"])
             for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(saved)
-            state = {name: checkpoint[name] for name in state}
+            step, loss_sum, seconds, log = (checkpoint[name] for name in ("step", "loss_sum", "seconds", "log"))
 
-    def check_finite():
-        """Raise UserError if the epoch's losses so far are not finite, before anything is saved."""
-        if not math.isfinite(state["loss_sum"]):
-            good = f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint was written yet"
-            raise UserError(f"the loss is not finite at step {state['step']}; {good}. Try a lower --lr")
-
-    def save():
-        """Write the checkpoint."""
-        check_finite()
-        if rank == 0:
-            file = io.BytesIO()
-            torch.save(to_cpu(dict(state, loss_sum=float(state["loss_sum"]), format=FORMAT, config=unet.config,
-                                   num_timesteps=scheduler.num_timesteps, flags=flags, dataset=args.dataset,
-                                   fingerprint=pictures.fingerprint, model=dict(unet.state_dict()),
-                                   ema=dict(ema.state_dict()), optimizers=[o.state_dict() for o in optimizers])), file)
-            write_atomically(path, file.getvalue())
-
-    steps = args.epochs * steps_per_epoch
+    steps, stopped = args.epochs * steps_per_epoch, 0
     if rank == 0:
         print(f"{len(training)} pictures to train on, {len(held_out)} held out; "
               f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters on {device}; writing to {out}")
         if args.resume:
-            print(f"going on after step {state['step']} of {steps}; log.csv is written anew from the checkpoint")
-    stopped = 0
-    with StopRequest() as stop, tqdm(total=steps, initial=state["step"], unit=" steps", disable=rank > 0) as bar:
-        while state["epoch"] < args.epochs and not (stopped := stop.agreed(device, processes)):
-            order = torch.randperm(len(training), generator=generator_for(args.seed, "order", state["epoch"])).tolist()
-            while state["step"] < (state["epoch"] + 1) * steps_per_epoch:
-                started, step = time.perf_counter(), state["step"]
-                first = step % steps_per_epoch * args.batch_size
-                indices = [training[i] for i in order[first:first + args.batch_size]]
-                lr = learning_rate(step, steps, args.lr)
+            print(f"going on after step {step} of {steps}; log.csv is written anew from the checkpoint")
+    with StopRequest() as stop, tqdm(total=steps, initial=step, unit=" steps", disable=rank > 0) as bar:
+        while step < steps and not stopped:
+            started, lr = time.perf_counter(), learning_rate(step, steps, args.lr)
+            order = torch.randperm(len(training), generator=generator_for(args.seed, "order", len(log)))
+            first = step % steps_per_epoch * args.batch_size
+            indices = [training[i] for i in order[first:first + args.batch_size].tolist()]
 
-                # DDPM Algorithm 1. Each of several processes draws the same batch, and learns from its share of it.
-                batch = training_batch(pictures, indices, scheduler, generator_for(args.seed, "step", step))
-                share = [part[rank::processes].to(device) for part in batch]
-                with amp:
-                    loss = diffusion_loss(model, scheduler, *share).mean()
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), CLIP_NORM)
-                for optimizer, ratio in zip(optimizers, (1, ADAMW_SHARE)):
-                    for group in optimizer.param_groups:
-                        group["lr"] = ratio * lr
-                    optimizer.step()
-                    optimizer.zero_grad()
-                update_ema(ema, unet, step)
-
-                loss = (loss.detach() + 0 * norm) / processes     # 0 * inf is not a number: one check finds either
-                if processes > 1:
-                    distributed.all_reduce(loss)
-                state["loss_sum"] += loss
-                state["step"] += 1
-                if step % READ_EVERY == 0:
-                    check_finite()
-                    bar.set_postfix(epoch=state["epoch"] + 1, loss=f"{loss.item():.4f}", lr=f"{lr:.1e}", refresh=False)
-                state["seconds"] += time.perf_counter() - started
-                bar.update()
-                if stopped := stop.agreed(device, processes):
-                    break
-            if state["step"] < (state["epoch"] + 1) * steps_per_epoch:
-                break                                             # stopped in the middle of the epoch
-
-            # The epoch's end: validation, a row for log.csv, and now and then a checkpoint and pictures
-            check_finite()
+            # DDPM Algorithm 1. Each of several processes draws the same batch, and learns from its share of it.
+            batch = training_batch(pictures, indices, scheduler, generator_for(args.seed, "step", step))
+            share = [part[rank::processes].to(device) for part in batch]
             with amp:
-                right, shuffled, empty = validate(ema, scheduler, pictures, held_out[:MAX_VALIDATION], args.batch_size,
-                                                  args.seed)
-            state["epoch"] += 1
-            state["log"].append(dict(
-                epoch=state["epoch"], step=state["step"], lr=f"{lr:.3e}", seconds=f"{state['seconds']:.1f}",
-                train_loss=f"{float(state['loss_sum']) / steps_per_epoch:.5f}", val_loss=f"{right:.5f}",
-                val_loss_shuffled=f"{shuffled:.5f}", val_loss_empty=f"{empty:.5f}"))
-            state["loss_sum"] = 0.0
-            last = state["epoch"] == args.epochs
-            if state["epoch"] % args.save_every == 0 or last:
-                save()
-            if rank == 0:
-                lines = [state["log"][0].keys(), *(row.values() for row in state["log"])]
-                by_product(out / "log.csv", lambda: "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-            if rank == 0 and (state["epoch"] % args.sample_every == 0 or last):
-                rows = torch.arange(len(args.prompts)).repeat_interleave(SAMPLES)
+                loss = diffusion_loss(model, scheduler, *share).mean()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), CLIP_NORM)
+            for optimizer, ratio in zip(optimizers, (1, ADAMW_SHARE)):
+                for group in optimizer.param_groups:
+                    group["lr"] = ratio * lr
+                optimizer.step()
+                optimizer.zero_grad()
+            update_ema(ema, unet, step)
+
+            loss = (loss.detach() + 0 * norm) / processes         # 0 * inf is not a number: one check finds either
+            if processes > 1:
+                distributed.all_reduce(loss)
+            loss_sum += loss
+            step += 1
+            stopped, epoch_ends = stop.agreed(device, processes), step % steps_per_epoch == 0
+            if stopped or epoch_ends or (step - 1) % READ_EVERY == 0:  # always before a save
+                if not math.isfinite(loss_sum):
+                    good = f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint was written yet"
+                    raise UserError(f"the loss is not finite at step {step}; {good}. Try a lower --lr")
+                bar.set_postfix(epoch=len(log) + 1, loss=f"{loss.item():.4f}", lr=f"{lr:.1e}", refresh=False)
+            seconds += time.perf_counter() - started
+            bar.update()
+
+            # The epoch's end: validation and a row for log.csv; now and then a checkpoint and pictures
+            if epoch_ends:
+                with amp:
+                    right, shuffled, empty = validate(ema, scheduler, pictures, held_out[:MAX_VALIDATION],
+                                                      args.batch_size, args.seed)
+                log.append(dict(epoch=len(log) + 1, step=step, lr=f"{lr:.3e}", seconds=f"{seconds:.1f}",
+                                train_loss=f"{float(loss_sum) / steps_per_epoch:.5f}", val_loss=f"{right:.5f}",
+                                val_loss_shuffled=f"{shuffled:.5f}", val_loss_empty=f"{empty:.5f}"))
+                loss_sum = 0.0
+            if rank == 0 and (stopped or epoch_ends and (len(log) % args.save_every == 0 or step == steps)):
+                write_atomically(path, lambda file: torch.save(to_cpu(dict(
+                    format=FORMAT, config=unet.config, num_timesteps=scheduler.num_timesteps, flags=flags,
+                    dataset=args.dataset, fingerprint=pictures.fingerprint, step=step, epoch=len(log),
+                    loss_sum=float(loss_sum), seconds=seconds, log=log, model=unet.state_dict(), ema=ema.state_dict(),
+                    optimizers=[optimizer.state_dict() for optimizer in optimizers])), file))
+            if rank == 0 and epoch_ends:
+                lines = [",".join(map(str, line)) + "\n" for line in (log[0].keys(), *(row.values() for row in log))]
+                by_product(out / "log.csv", lambda file: file.write("".join(lines).encode()))
+            if rank == 0 and epoch_ends and (len(log) % args.sample_every == 0 or step == steps):
+                rows = [i for i in range(len(args.prompts)) for _ in range(SAMPLES)]
                 seeds = [(args.seed, i) for i in range(SAMPLES)] * len(args.prompts)  # the same noise in every row
-                drawn = draw(ema, scheduler, (prompt_states[rows], prompt_mask[rows]),  # and every epoch
-                             (prompt_states[-1:], prompt_mask[-1:]), seeds).split(SAMPLES)
-                by_product(out / "samples" / f"epoch_{state['epoch']:04d}.png",
-                           lambda: encoded(contact_sheet(list(zip(args.prompts, drawn))), ".png"))
-                by_product(out / "loss.png", lambda: loss_curve(state["log"]))
-        if stopped:
-            save()
+                drawn = draw(ema, scheduler, prompts, rows, seeds)                    # and every epoch
+                by_product(out / "samples" / f"epoch_{len(log):04d}.png",
+                           lambda file: contact_sheet(args.prompts, drawn).save(file))
+                by_product(out / "loss.png", lambda file: loss_curve(log).savefig(file))
     if processes > 1:
         distributed.destroy_process_group()
     if rank == 0:
-        print(f"stopped after step {state['step']}; the same command with --resume goes on from {path}" if stopped else
+        print(f"stopped after step {step}; the same command with --resume goes on from {path}" if stopped else
               f"done: {path}")
     if stopped:
         sys.exit(128 + stopped)

@@ -65,14 +65,15 @@ def main():
         below([sheets[round(i)] for i in np.linspace(0, len(sheets) - 1, 3)], HERE / "progress.png")
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
     if args.over_time:
-        rows = []
+        labels, rows = [], []
         for checkpoint in args.over_time:
             with tempfile.TemporaryDirectory() as folder:
                 sampling.main([WORDED[0], "--num-images", "6", "--checkpoint", str(checkpoint), "--output",
                                str(Path(folder, "row.png"))])
                 pictures = [pil_to_tensor(Image.open(file)) for file in sorted(Path(folder).glob("row_*.png"))]
-            rows.append((f"epoch {sampling.load_checkpoint(checkpoint)['epoch']}", torch.stack(pictures)))
-        sampling.contact_sheet(rows).save(HERE / "over_time.png")
+            labels.append(f"epoch {sampling.load_checkpoint(checkpoint)['epoch']}")
+            rows += pictures
+        sampling.contact_sheet(labels, torch.stack(rows)).save(HERE / "over_time.png")
 
 
 if __name__ == "__main__":

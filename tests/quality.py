@@ -107,10 +107,10 @@ def main():
 
     def draw(states, mask, steps, scale):
         """One picture for each row of states but the last, the empty caption's; with a progress bar."""
-        seeds = [(0, i) for i in range(len(states) - 1)]
-        with tqdm(total=len(seeds) * steps, leave=False, unit=" picture steps") as bar:
-            return sampling.draw(unet, scheduler, (states[:-1], mask[:-1]), (states[-1:], mask[-1:]), seeds, steps,
-                                 scale, lambda x_t: bar.update(len(x_t)))
+        rows = list(range(len(states) - 1))
+        with tqdm(total=len(rows) * steps, leave=False, unit=" picture steps") as bar:
+            return sampling.draw(unet, scheduler, (states, mask), rows, [(0, i) for i in rows], steps, scale,
+                                 lambda x_t: bar.update(len(x_t)))
 
     print(f"epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 60:.0f} minutes of training steps")
     with autocast(device):
@@ -152,9 +152,9 @@ def main():
                     *(1000 * value for value in kernel_distance(features(drawn), real))), end="")
             print(flush=True)
             if (steps, scale) == (args.steps[0], args.scale[0]):
-                sheet = sampling.contact_sheet([("samples", drawn[:12]), ("the training picture nearest to each",
-                                                pictures.pixels[training][nearest[:12]])])
-                write_atomically(args.checkpoint.with_name("nearest.png"), sampling.encoded(sheet, ".png"))
+                sheet = sampling.contact_sheet(["samples", "the training picture nearest to each"], torch.cat([
+                    drawn[:12], pictures.pixels[training][nearest[:12]]]))
+                write_atomically(args.checkpoint.with_name("nearest.png"), sheet.save)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,9 @@ def trained(demo):
 def draw(trained, prompts, guidance_scale, seed=0):
     """One picture a prompt at the default steps -> uint8 (B, H, W, 3)."""
     unet, encoder = trained
-    states, mask = encoder([*prompts, ""])
-    pictures = sample_diffusion.draw(unet, NoiseScheduler(), (states[:-1], mask[:-1]), (states[-1:], mask[-1:]),
-                                     [(seed, i) for i in range(len(prompts))], guidance_scale=guidance_scale)
+    rows = list(range(len(prompts)))
+    pictures = sample_diffusion.draw(unet, NoiseScheduler(), encoder([*prompts, ""]), rows, [(seed, i) for i in rows],
+                                     guidance_scale=guidance_scale)
     return pictures.permute(0, 2, 3, 1).numpy()
 
 

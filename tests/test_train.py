@@ -14,6 +14,7 @@ import threading
 import time
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -69,9 +70,9 @@ class Enough(Exception):
 def main(small, monkeypatch):
     """main(*flags) -> train_diffusion.main in this process, small, watched, and with nothing drawn."""
     loss = train.diffusion_loss
-    monkeypatch.setattr(train, "draw", lambda unet, scheduler, text, *_: torch.zeros(len(text[0]), 3, 16, 16,
-                                                                                     dtype=torch.uint8))
-    monkeypatch.setattr(train, "loss_curve", lambda rows: b"a picture")
+    monkeypatch.setattr(train, "draw", lambda unet, scheduler, text, rows, seeds: torch.zeros(len(rows), 3, 16, 16,
+                                                                                              dtype=torch.uint8))
+    monkeypatch.setattr(train, "loss_curve", lambda rows: SimpleNamespace(savefig=lambda file: file.write(b"a curve")))
 
     def main(*flags, look=lambda step, unet, batch: None, change=lambda step, loss: loss):
         """look: called before each training step of this run; change: gets its losses and gives others."""
