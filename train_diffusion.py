@@ -507,6 +507,7 @@ def main(argv=None):
     with StopRequest() as stop, tqdm(total=steps, initial=step, unit=" steps", disable=rank > 0) as bar:
         while step < steps and not stopped:
             started, lr = time.perf_counter(), learning_rate(step, steps, args.lr)
+            # The epoch's order follows from the seed and the number of epochs done alone: also after --resume
             order = torch.randperm(len(training), generator=generator_for(args.seed, "order", len(log)))
             first = step % steps_per_epoch * args.batch_size
             indices = [training[i] for i in order[first:first + args.batch_size].tolist()]
