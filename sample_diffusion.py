@@ -39,9 +39,11 @@ def number(kind, low, high):
     return read
 
 
-def as_text(prompts):
-    """Words of the command line -> text, also where the terminal knows ASCII alone (LC_ALL=C)."""
-    return [prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for prompt in prompts]
+def prompt(text):
+    """An argparse type: a text that is not empty, also where the terminal knows ASCII alone (LC_ALL=C)."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a prompt is empty")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def parse_args(argv=None):
@@ -49,7 +51,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("prompts", nargs="+", metavar="PROMPT", help="what to draw, one text a picture")
+    add("prompts", type=prompt, nargs="+", metavar="PROMPT", help="what to draw, one text a picture")
     add("--checkpoint", type=Path, help="what train_diffusion.py wrote; if not given, the newest in output/*/")
     add("--text-encoder", help="where it lies now, if the checkpoint's was moved")
     add("--guidance-scale", type=number(float, 0, 100), nargs="+", default=[GUIDANCE_SCALE],
@@ -64,9 +66,6 @@ def parse_args(argv=None):
         help="the picture; of several, a sheet, and the pictures beside it, numbered. If it is there already, "
              "the name gets a number: nothing is overwritten")
     args = parser.parse_args(argv)
-    args.prompts = as_text(args.prompts)
-    if not all(prompt.strip() for prompt in args.prompts):
-        parser.error("a PROMPT is empty")
     if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         parser.error(f"--output: {args.output} does not end in .png, .jpg or .webp")
     return args

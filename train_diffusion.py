@@ -33,11 +33,11 @@ from tqdm import tqdm
 
 from model import (GROUPS, STRIDE, NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
                    download_help, first_line, generator_for, pick_device, run, write_atomically)
-from sample_diffusion import FORMAT, as_text, checkpoint_errors, contact_sheet, draw, load_checkpoint, number
+from sample_diffusion import FORMAT, checkpoint_errors, contact_sheet, draw, load_checkpoint, number, prompt
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=32, epochs=32, sample_every=8,                          # 4 minutes on two CPU cores
+            image_size=32, channels=32, epochs=32, sample_every=8, caption_cut=0,           # 4 minutes on two CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
@@ -54,7 +54,7 @@ EMA_DECAY = 0.999        # EMA of the weights: over the last 1 / (1 - 0.999) = 1
 CLIP_NORM = 1.0          # gradients longer than this are shortened to it
 SAMPLES = 6              # pictures of each prompt on a sample sheet
 READ_EVERY = 10          # steps between readings of the loss: each waits for the device
-MUST_MATCH = ("image_size", "channels", "batch_size", "lr", "seed")  # to go on with a run, beside the data themselves
+MUST_MATCH = ("image_size", "channels", "batch_size", "lr", "caption_cut", "seed")  # on --resume, beside the data
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -74,7 +74,9 @@ def parse_args(argv=None):
     add("--epochs", type=count, default=200, help="passes over the pictures, in all; it can be raised on --resume")
     add("--batch-size", type=count, default=16, help="pictures per step")
     add("--lr", type=number(float, 1e-9, 1), default=0.015, help="highest learning rate of Muon")
-    add("--prompts", nargs="+", default=["a water type pokemon", "a dragon character with tail"],
+    add("--caption-cut", type=number(float, 0, 1), default=0.5,
+        help="share of captions that end after a random word while training, so that few words stand for many pictures")
+    add("--prompts", type=prompt, nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")
     add("--sample-every", type=count, default=10, help="epochs between sample sheets")
     add("--save-every", type=count, default=10, help="epochs between checkpoints")
@@ -86,7 +88,6 @@ def parse_args(argv=None):
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
-    args.prompts = as_text(args.prompts)
     for flag, value, unit in ("--image-size", args.image_size, STRIDE), ("--channels", args.channels, GROUPS):
         if value % unit:
             parser.error(f"{flag}: {value} is not a multiple of {unit}")
@@ -261,13 +262,18 @@ class Pictures:
 
 # ---------------------------------------------------------------------------------------------- loss
 
-def training_batch(pictures, indices, scheduler, generator):
+def training_batch(pictures, indices, scheduler, caption_cut, generator):
     """What one step learns from (DDPM Algorithm 1, lines 2 to 4), drawn on the CPU: x_0, states, mask, t, noise."""
     indices = torch.tensor(indices)
     B = len(indices)
     # Without caption dropout, guidance would subtract an answer that was never trained (CFG Algorithm 1)
     dropped = torch.rand(B, generator=generator) < CAPTION_DROPOUT
     x_0, states, mask = pictures.batch(indices, torch.where(dropped, len(pictures.pixels), indices))
+    # Trained on whole captions alone, each comes to stand for its one picture, and a new sentence of their words for
+    # none. CLIP reads from left to right: a caption's first tokens have the states of a caption that ends there
+    u = torch.rand(B, 1, generator=generator)
+    kept = torch.where(u < caption_cut, u / caption_cut, 1)                   # share of the tokens
+    mask = torch.arange(mask.shape[1]) < (kept * mask.sum(dim=1, keepdim=True)).ceil().clamp(min=1)  # (B, L)
     flip = torch.rand(B, 1, 1, 1, generator=generator) < 0.5                  # mirrored, half of them
     x_0 = torch.where(flip, x_0.flip(-1), x_0)
     # Stratified: one time from each B-th of 0 ... T-1, so that every batch sees all noise levels
@@ -513,7 +519,8 @@ def main(argv=None):
             indices = [training[i] for i in order[first:first + args.batch_size].tolist()]
 
             # DDPM Algorithm 1. Each of several processes draws the same batch, and learns from its share of it.
-            batch = training_batch(pictures, indices, scheduler, generator_for(args.seed, "step", step))
+            batch = training_batch(pictures, indices, scheduler, args.caption_cut,
+                                   generator_for(args.seed, "step", step))
             share = [part[rank::processes].to(device) for part in batch]
             with amp:
                 loss = diffusion_loss(model, scheduler, *share).mean()

@@ -252,20 +252,33 @@ def test_a_tenth_is_held_out_by_the_seed_and_no_picture_is_on_both_sides(encoder
 
 def test_a_training_batch_is_mirrored_at_most_and_loses_some_captions(pictures, scheduler):
     x_0, states, mask = pictures.batch(list(range(20)))
-    mirrored = dropped = total = 0
+    mirrored = dropped = whole = total = 0
     for step in range(50):
-        x, s, m, t, noise = train.training_batch(pictures, list(range(20)), scheduler, generator_for(step))
+        x, s, m, t, noise = train.training_batch(pictures, list(range(20)), scheduler, 0.5, generator_for(step))
+        uncut = train.training_batch(pictures, list(range(20)), scheduler, 0, generator_for(step))[2]
         for i in range(20):
             same, flip = torch.equal(x[i], x_0[i]), torch.equal(x[i], x_0[i].flip(-1))
             assert same or flip                                     # no rotation, no colour jitter
             mirrored += flip
-            lost = torch.equal(s[i], pictures.states[-1]) and torch.equal(m[i], pictures.mask[-1])
+            lost = torch.equal(s[i], pictures.states[-1])
             assert lost or torch.equal(s[i], states[i])
+            there = pictures.mask[-1] if lost else mask[i]
+            assert torch.equal(uncut[i], there)
+            assert 1 <= m[i].sum() <= there.sum() and m[i][:m[i].sum()].all()  # it begins as the caption does
             dropped += lost
+            whole += torch.equal(m[i], there)
             total += 1
         assert torch.equal(torch.sort(t // 50).values, torch.arange(20))  # one time from each twentieth
         assert noise.std().item() == pytest.approx(1, abs=0.05)
     assert mirrored / total == pytest.approx(0.5, abs=0.06) and dropped / total == pytest.approx(0.1, abs=0.04)
+    at_the_end = 0.9 * (1 / mask.sum(dim=1)).mean().item() + 0.1 / 2  # as often a caption is 'cut' after its last token
+    assert whole / total == pytest.approx(0.5 + 0.5 * at_the_end, abs=0.06)
+
+
+def test_the_first_states_of_a_caption_are_those_of_one_that_ends_there(encoder):
+    long, short = (encoder([caption])[0][0] for caption in ("a red creature with a blue tail", "a red creature"))
+    assert torch.allclose(long[:len(short) - 1], short[:-1], atol=1e-5)  # all but the end token's
+    assert not torch.allclose(long[len(short) - 1], short[-1], atol=1e-2)
 
 
 def test_a_dropped_caption_is_what_sampling_calls_no_caption(pictures, encoder):
