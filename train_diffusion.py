@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--demo", action="store_true", help="train a small model on the drawings in examples/, without a network")
     add("--image-size", type=number(int, STRIDE, 1024), default=64, help=f"pixels a side, a multiple of {STRIDE}")
     add("--channels", type=number(int, GROUPS, 1024), default=64, help=f"the UNet's width, a multiple of {GROUPS}")
-    add("--epochs", type=count, default=200, help="passes over the pictures, in all; it can be raised on --resume")
+    add("--epochs", type=count, default=160, help="passes over the pictures, in all; it can be raised on --resume")
     add("--batch-size", type=count, default=16, help="pictures per step")
     add("--lr", type=number(float, 1e-9, 1), default=0.015, help="highest learning rate of Muon")
     add("--caption-cut", type=number(float, 0, 1), default=0.5,
