@@ -2,6 +2,7 @@
 import csv
 import json
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -115,10 +116,15 @@ def test_the_readmes_next_command_draws_from_the_demo(demo):
     assert body_colour(np.asarray(Image.open(demo / "output" / "sample.png"))) == "red"
 
 
-def test_the_same_seed_gives_the_same_picture_in_any_batch(trained):
-    alone = draw(trained, ["a red creature with a pink tail"], 3.0)
-    together = draw(trained, ["a red creature with a pink tail"] + ["a blue creature with a red tail"] * 2, 3.0)
-    assert np.abs(alone[0].astype(int) - together[0].astype(int)).max() <= 1
+def test_the_same_seed_gives_the_same_picture_in_any_batch(trained, monkeypatch):
+    """The other pictures of a batch change nothing but its rounding, which bf16 makes visible here and there."""
+    def difference():
+        alone = draw(trained, ["a red creature with a pink tail"], 3.0)
+        together = draw(trained, ["a red creature with a pink tail"] + ["a blue creature with a red tail"] * 2, 3.0)
+        return np.abs(alone[0].astype(int) - together[0].astype(int))
+    assert difference().mean() < 1                                           # other noise: 4 to 22
+    monkeypatch.setattr(sample_diffusion, "autocast", lambda device: nullcontext())
+    assert difference().max() <= 1
 
 
 def test_checkpoints_hold_tensors_and_plain_values_only(demo):
