@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--batch-size", type=count, default=16, help="pictures per step")
     add("--lr", type=number(float, 1e-9, 1), default=0.015, help="highest learning rate of Muon")
     add("--caption-cut", type=number(float, 0, 1), default=0.5,
-        help="share of captions that end after a random word while training, so that few words stand for many pictures")
+        help="share of captions that end after a random token in training: their words then stand for many pictures")
     add("--prompts", type=prompt, nargs="+", default=["a water type pokemon", "a dragon character with tail"],
         help="what the sample sheets show")
     add("--sample-every", type=count, default=10, help="epochs between sample sheets")
