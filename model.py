@@ -1,7 +1,7 @@
 """A small text-to-image diffusion model: CLIP tokens -> UNet with spatial transformers -> DDPM.
 
-    python train_diffusion.py      # trains what stands here
-    python sample_diffusion.py     # draws with it
+    python train_diffusion.py                                     # trains what stands here
+    python sample_diffusion.py "a dragon character with tail"    # draws with it
 
 Shapes: B pictures, C channels, H x W pixels, N = H * W positions, L caption tokens, D their width.
 Symbols: x_0 a picture in [-1, 1], x_t the same with noise, t = 0 ... T-1 (0 is nearly clean; the papers count from 1),
@@ -22,8 +22,7 @@ import logging
 import math
 import os
 import sys
-import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from torch import nn
 STRIDE = 8     # pixels a side that one position of the lowest level covers
 GROUPS = 16    # of channels, each normalised by itself (GroupNorm)
 HEAD_DIM = 32  # channels of one attention head
+GUIDED = (0.05, 0.8)  # shares of T: guidance is used between these times
 
 
 def timestep_embedding(t, dim):
@@ -60,8 +60,8 @@ class Attention(nn.Module):
         context = x if context is None else context                     # (B, L, context_dim)
         q, k, v = (tokens.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)  # (B, heads, N or L, HEAD_DIM)
                    for tokens in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        # softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, arXiv 1706.03762, Eq. 1). At the few hundred positions here,
-        # torch's fused version is no faster, and on Apple's GPU it is known to give wrong results.
+        # softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, arXiv 1706.03762, Eq. 1). At the 64 positions here, torch's
+        # fused version is no faster, and on Apple's GPU it has given wrong results.
         scores = q @ k.transpose(-1, -2) / math.sqrt(HEAD_DIM)          # (B, heads, N, L)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None, :], -torch.inf)  # padding is not looked at
@@ -99,7 +99,8 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x, context, mask):
         B, C, H, W = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                         # (B, N, C)
+        # A copy, since Linear has gone wrong on Apple's GPU where its input was a view with other strides
+        tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()            # (B, N, C)
         tokens = self.proj_out(self.block(self.proj_in(tokens), context, mask))  # (B, N, C)
         return x + tokens.transpose(1, 2).reshape(B, C, H, W)                    # (B, C, H, W)
 
@@ -222,7 +223,7 @@ class UNet(nn.Module):
 class TextEncoder(nn.Module):
     """The frozen text half of CLIP: captions -> the states of their tokens.
 
-    name: a Hugging Face model name or a local folder. Raises UserError where it can't be had, or is no CLIP.
+    name: a Hugging Face model name or a local folder. Raises UserError if it can't be had, or is no CLIP.
     """
 
     def __init__(self, name):
@@ -230,12 +231,10 @@ class TextEncoder(nn.Module):
         import transformers                          # takes seconds to import: only where captions are encoded
         transformers.logging.set_verbosity_error()   # no list of CLIP's picture weights, which stay unused
         transformers.logging.disable_progress_bar()
-        try:
+        with user_errors(f"--text-encoder: {name}", name):
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(name)
             kind = transformers.AutoConfig.from_pretrained(name).model_type
             self.clip, found = transformers.CLIPTextModel.from_pretrained(name, output_loading_info=True)
-        except Exception as error:                   # its loaders raise whatever a damaged file leads them to
-            raise UserError(f"--text-encoder: {name}: {download_help('--text-encoder', name, error)}") from error
         self.clip.eval().requires_grad_(False)
         self.dim, words = self.clip.config.hidden_size, len(self.tokenizer)                    # D
         wrong = [*found["missing_keys"], *found["mismatched_keys"]]
@@ -271,7 +270,7 @@ class TextEncoder(nn.Module):
 class NoiseScheduler(nn.Module):
     """The forward process q, its posterior, and the sampler that runs the process backwards.
 
-    Tables are computed in float64 on the CPU and kept in float32; `.to(device)` moves them.
+    Tables are computed in float64 on the CPU. Those that batches need are kept in float32; `.to(device)` moves them.
     """
 
     def __init__(self, num_timesteps=1000):
@@ -284,13 +283,13 @@ class NoiseScheduler(nn.Module):
         alpha_bar = torch.cumprod(1 - beta, dim=0)                              # DDPM, above Eq. 4
         self.alpha_bars = [*alpha_bar.tolist(), 1.0]                            # float64; [-1] is the clean picture
         alpha_bar = alpha_bar.view(T, 1, 1, 1)                                  # so that [t] is (B, 1, 1, 1)
-        # q(x_t | x_0) = N(signal x_0, noise^2 I), DDPM Eq. 4; not in checkpoints, since num_timesteps gives them again
-        self.register_buffer("signal", alpha_bar.sqrt().float(), persistent=False)
-        self.register_buffer("noise", (1 - alpha_bar).sqrt().float(), persistent=False)
+        # q(x_t | x_0) = N(signal_scale x_0, noise_scale^2 I), DDPM Eq. 4. Not saved: num_timesteps gives them again
+        self.register_buffer("signal_scale", alpha_bar.sqrt().float(), persistent=False)
+        self.register_buffer("noise_scale", (1 - alpha_bar).sqrt().float(), persistent=False)
 
     def add_noise(self, x_0, noise, t):
         """x_t, the picture after t steps of noise at once (DDPM Eq. 4). x_0, noise (B, 3, H, W); t (B,)."""
-        return self.signal[t] * x_0 + self.noise[t] * noise
+        return self.signal_scale[t] * x_0 + self.noise_scale[t] * noise
 
     def step(self, x_0, x_t, t, s, z):
         """x_s, drawn from q(x_s | x_t, x_0). t > s are ints, s = -1 the clean picture; z ~ N(0, I) like x_t.
@@ -335,7 +334,7 @@ class NoiseScheduler(nn.Module):
         for t, s in zip(times, times[1:] + [-1]):
             # 1. The network's estimate of the clean picture; if guided, without and with the caption in one pass.
             # Guidance in the first steps takes variety away and in the last does nothing (arXiv 2404.07724)
-            guided = guidance_scale != 1 and T / 20 <= t < T * 4 / 5
+            guided = guidance_scale != 1 and GUIDED[0] * T <= t < GUIDED[1] * T
             x = torch.cat([x_t, x_t]) if guided else x_t
             x_0 = unet(x, torch.full((len(x),), t, device=x.device), *(both if guided else text))
             if guided:
@@ -397,13 +396,20 @@ def ask_hub(*names):
         constants.HF_HUB_OFFLINE = True
 
 
-def download_help(flag, name, error):
-    """What went wrong with something from the hub; if there is no hub, what to do."""
-    if os.path.exists(name) or os.environ.get("HF_HUB_OFFLINE") != "1":
-        return first_line(error)
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    return (f"no local folder, not downloaded before, and {hub} does not answer. Set HF_ENDPOINT to a mirror, give "
-            f"{flag} a local folder, or train on the built-in drawings: train_diffusion.py --demo")
+@contextmanager
+def user_errors(what, name=None):
+    """Whatever fails inside becomes a UserError: `what`, and why. name: of something that the hub may have to give."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library's own, the network's or the disk's: what is innermost says most
+        why = first_line(error)
+        if name and not os.path.exists(name) and os.environ.get("HF_HUB_OFFLINE") == "1":
+            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+            why = (f"no local folder, not downloaded before, and {hub} does not answer. Set HF_ENDPOINT to a mirror, "
+                   "give a local folder, or train on the built-in drawings: train_diffusion.py --demo")
+        raise UserError(f"{what}: {why}") from error
 
 
 def check_writable(flag, folder):
@@ -449,20 +455,11 @@ def write_atomically(path, save):
     content, beside = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
     content.name = path.name                              # Pillow chooses the format by it
     save(content)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            with suppress(OSError):                       # some network disks have no fsync
-                os.fsync(file.fileno())
-        for wait in (0.1, 1, 5):
-            with suppress(PermissionError):               # on Windows, while somebody reads the old file
-                return os.replace(beside, path)
-            time.sleep(wait)
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path} could not be written: {first_line(error)}") from error
-    finally:
-        with suppress(OSError):                           # gone already, if all went well
-            beside.unlink()
+    with user_errors(f"{path} could not be written"):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(content.getbuffer())
+            os.replace(beside, path)
+        finally:
+            with suppress(OSError):                       # gone already, if all went well
+                beside.unlink()

@@ -6,8 +6,7 @@
 """
 import argparse
 import os
-import pickle
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
-                   first_line, generator_for, pick_device, run, to_uint8, write_atomically)
+from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable, generator_for,
+                   pick_device, run, to_uint8, user_errors, write_atomically)
 
 FORMAT = "text-to-image-diffusion-5"  # marks a checkpoint as ours, and its version
 STEPS = 25                            # denoising steps of a picture
@@ -30,13 +29,15 @@ FRAMES = 30                           # of an animation, at the most
 CJK_FONTS = ("Hiragino Sans GB.ttc", "msyh.ttc", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc")  # Pillow's shows boxes
 
 
-def number(kind, low, high):
-    """An argparse type: a number of that kind from low to high."""
-    def read(text):
+def number(kind, low, high, unit=None):
+    """An argparse type: a number of that kind from low to high, and a multiple of `unit` if that is given."""
+    def number(text):                                          # argparse calls it so: "invalid number value"
         if not low <= kind(text) <= high:                      # nan is not either
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        if unit and kind(text) % unit:
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {unit}")
         return kind(text)
-    return read
+    return number
 
 
 def prompt(text):
@@ -72,26 +73,12 @@ def parse_args(argv=None):
 
 
 def load_checkpoint(path):
-    """The dictionary that train_diffusion.py saved. Raises UserError where the file is anything else."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, no code
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror or error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"checkpoint {path} is damaged, or not one of train_diffusion.py") from error
-    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
-    if found != FORMAT:
-        raise UserError(f"checkpoint {path}: its format is {found!r}, train_diffusion.py now writes {FORMAT!r}")
+    """The dictionary that train_diffusion.py saved. Raises UserError if the file is anything else."""
+    with user_errors(f"checkpoint {path} can't be read as one of train_diffusion.py"):
+        checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))  # tensors and plain values, no code
+    if checkpoint.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: its format is {checkpoint.get('format')!r}, now it is {FORMAT!r}")
     return checkpoint
-
-
-@contextmanager
-def checkpoint_errors(path):
-    """For what takes a checkpoint apart: UserError where it does not hold what this version of the code expects."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"checkpoint {path} does not fit this version of model.py: {first_line(error)}") from error
 
 
 def draw(unet, scheduler, text, rows, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, on_step=None):
@@ -101,7 +88,7 @@ def draw(unet, scheduler, text, rows, seeds, steps=STEPS, guidance_scale=GUIDANC
     to draw. seeds: B tuples of whole numbers. A picture's noise follows from its own, whatever batch it is drawn in.
     on_step: called with every x_t of every batch.
     """
-    device, size, pictures = scheduler.signal.device, unet.config["image_size"], []
+    device, size, pictures = scheduler.signal_scale.device, unet.config["image_size"], []
     for start in range(0, len(seeds), BATCH):
         generators = [generator_for(*key) for key in seeds[start:start + BATCH]]
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
@@ -153,12 +140,12 @@ def main(argv=None):
     if path is None:
         raise UserError("no output/*/checkpoint.pt here: train with train_diffusion.py first, or name a --checkpoint")
     checkpoint = load_checkpoint(path)
-    with checkpoint_errors(path):
-        scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
-        unet = UNet(**checkpoint["config"]).to(device).eval()
+    with user_errors(f"checkpoint {path} does not fit this version of model.py"):
+        scheduler, unet = NoiseScheduler(checkpoint["num_timesteps"]), UNet(**checkpoint["config"]).eval()
         unet.load_state_dict(checkpoint["ema"])
         name = args.text_encoder or checkpoint["flags"]["text_encoder"]
         trained_on = f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['dataset']}"
+    scheduler.to(device), unet.to(device)
     ask_hub(name)
     encoder = TextEncoder(name)
     if encoder.dim != unet.config["context_dim"]:

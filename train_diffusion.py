@@ -29,15 +29,16 @@ from PIL import Image, ImageOps
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from model import (GROUPS, STRIDE, NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
-                   download_help, first_line, generator_for, pick_device, run, write_atomically)
-from sample_diffusion import FORMAT, checkpoint_errors, contact_sheet, draw, load_checkpoint, number, prompt
+                   first_line, generator_for, pick_device, run, user_errors, write_atomically)
+from sample_diffusion import FORMAT, contact_sheet, draw, load_checkpoint, number, prompt
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
 DEMO = dict(dataset=str(EXAMPLES / "creatures"), text_encoder=str(EXAMPLES / "tiny_clip"),  # what --demo sets:
-            image_size=32, channels=32, epochs=32, sample_every=8, caption_cut=0,           # 4 minutes on two CPU cores
+            image_size=32, channels=32, epochs=32, sample_every=16, caption_cut=0,          # 4 minutes on two CPU cores
             prompts=["a red creature with a blue tail", "a green creature with yellow wings"])
 
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
@@ -69,8 +70,8 @@ def parse_args(argv=None):
     add("--caption-column", help="column that holds the captions; if not given, " + " or ".join(CAPTION_COLUMNS))
     add("--text-encoder", default="openai/clip-vit-base-patch32", help="hub name or folder of a CLIP text encoder")
     add("--demo", action="store_true", help="train a small model on the drawings in examples/, without a network")
-    add("--image-size", type=number(int, STRIDE, 1024), default=64, help=f"pixels a side, a multiple of {STRIDE}")
-    add("--channels", type=number(int, GROUPS, 1024), default=64, help=f"the UNet's width, a multiple of {GROUPS}")
+    add("--image-size", type=number(int, STRIDE, 256, STRIDE), default=64, help=f"pixels a side, in steps of {STRIDE}")
+    add("--channels", type=number(int, GROUPS, 1024, GROUPS), default=64, help=f"the UNet's, in steps of {GROUPS}")
     add("--epochs", type=count, default=160, help="passes over the pictures, in all; it can be raised on --resume")
     add("--batch-size", type=count, default=16, help="pictures per step")
     add("--lr", type=number(float, 1e-9, 1), default=0.015, help="highest learning rate of Muon")
@@ -84,13 +85,11 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on from the checkpoint in --output-dir")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="of the weights, the held-out pictures, all noise")
     add("--device", default="auto", help="auto (cuda, then mps, then cpu), cuda, mps or cpu")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if CUDA or the CPU has it")
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto",
+        help="of training; auto: bf16 if CUDA or the CPU has it")
     if parser.parse_known_args(argv)[0].demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
-    for flag, value, unit in ("--image-size", args.image_size, STRIDE), ("--channels", args.channels, GROUPS):
-        if value % unit:
-            parser.error(f"{flag}: {value} is not a multiple of {unit}")
     args.output_dir = args.output_dir or Path("output", "demo" if args.demo else Path(args.dataset).resolve().name)
     return args
 
@@ -102,7 +101,8 @@ def read_rows(args):
     path = Path(args.dataset)
     if not path.exists() or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return list(table_rows(path, {}, args))                           # on the hub, or made by save_to_disk
-    files = list(walk(path, args.output_dir)) if path.is_dir() else [path]
+    by_name = {same_name(file): file for file in (walk(path, args.output_dir) if path.is_dir() else [path])}
+    files = by_name.values()
     metadata = {file.parent: file for file in files if file.name in ("metadata.csv", "metadata.jsonl")}  # one a folder
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
     tables = [file for file in tables if file.name.startswith("train-")] or tables
@@ -111,7 +111,6 @@ def read_rows(args):
     texts = {same_name(file.with_suffix("")): file for file in files if file.suffix.lower() == ".txt"}
     if metadata or not texts.keys().isdisjoint(pictures.values()):        # then a .parquet holds something else
         tables = metadata.values()
-    by_name = {same_name(file): file for file in files}
     rows = ([row for table in tables for row in table_rows(table, by_name, args)] if tables else
             list(text_rows(files, pictures, texts)))
     if not rows:
@@ -151,14 +150,15 @@ def text_rows(files, pictures, texts):
 
 def table_rows(source, by_name, args):
     """A table -> rows. Its pictures are paths, bytes, or a struct of both. Raises UserError for a missing column."""
-    column = "file_name" if source.suffix in (".csv", ".jsonl") else args.image_column
+    is_metadata = source.suffix in (".csv", ".jsonl")
+    flag, column = ("--dataset", "file_name") if is_metadata else ("--image-column", args.image_column)
     captions = [args.caption_column] if args.caption_column else CAPTION_COLUMNS
     for i, row in enumerate(read(source)):
         if None in row:                                                   # csv's name for cells beyond the header
             raise UserError(f"{source}: more cells than columns (a comma without quotes?): {row!r:.99}")
-        for flag, names in ("--image-column", [column]), ("--caption-column", captions):
+        for found_by, names in (flag, [column]), ("--caption-column", captions):
             if row.keys().isdisjoint(names):
-                raise UserError(f"{flag}: {source} has no {' or '.join(map(repr, names))}, only {', '.join(row)}")
+                raise UserError(f"{found_by}: {source} has no {' or '.join(map(repr, names))}, only {', '.join(row)}")
         picture, name = row[column], f"in row {i}, column {column!r} of {source}"
         if isinstance(picture, dict):
             picture = picture.get("bytes") or picture.get("path")
@@ -170,7 +170,7 @@ def table_rows(source, by_name, args):
 
 def read(source):
     """A .txt file -> its text; a .csv or .jsonl, or what `dataset_rows` takes -> a list of dicts. Raises UserError."""
-    try:
+    with user_errors(f"--dataset: {source}", source):
         if source.suffix.lower() not in (".txt", ".csv", ".jsonl"):
             return list(dataset_rows(source))
         text = source.read_bytes().decode("utf-8-sig")                    # with a byte order mark or without
@@ -179,10 +179,6 @@ def read(source):
         if source.suffix == ".jsonl":
             return [dict(json.loads(line)) for line in text.split("\n") if line.strip()]
         return text
-    except UserError:
-        raise
-    except Exception as error:  # each library's own, the network's or the disk's: what is innermost says most
-        raise UserError(f"{source}: {download_help('--dataset', str(source), error)}") from error
 
 
 def dataset_rows(source):
@@ -207,7 +203,7 @@ def dataset_rows(source):
 def decode(name, picture, size):
     """A path or the bytes of a picture file -> uint8 RGB (3, size, size), its centre square. Raises UserError."""
     from torchvision.transforms.v2.functional import pil_to_tensor
-    try:
+    with user_errors(f"picture {name} can't be read"):
         with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as opened:
             picture = ImageOps.exif_transpose(opened)                     # upright
         if picture.mode.startswith("I"):                                  # 16 bits of grey, which PIL would clip at 255
@@ -216,8 +212,6 @@ def decode(name, picture, size):
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return pil_to_tensor(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BILINEAR))
-    except Exception as error:  # PIL's readers of some twenty formats raise whatever a damaged file leads them to
-        raise UserError(f"picture {name} can't be read: {first_line(error)}") from error
 
 
 class Pictures:
@@ -246,13 +240,13 @@ class Pictures:
     def split(self, seed):
         """Row numbers -> (training, held out), shuffled by the seed. All rows of one picture are on the same side."""
         order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
-        rows_of, ahead = Counter(self.hashes), set()
+        rows_of, held_out = Counter(self.hashes[i] for i in order), set()  # picture: number of rows, in that order
         room = max(min(rows_of.values()), round(len(order) * VALIDATION_SHARE))
-        for picture in dict.fromkeys(self.hashes[i] for i in order):
-            if rows_of[picture] <= room:
-                ahead.add(picture)
-                room -= rows_of[picture]
-        return ([i for i in order if self.hashes[i] not in ahead], [i for i in order if self.hashes[i] in ahead])
+        for picture, rows in rows_of.items():
+            if rows <= room:
+                held_out.add(picture)
+                room -= rows
+        return ([i for i in order if self.hashes[i] not in held_out], [i for i in order if self.hashes[i] in held_out])
 
     def batch(self, indices, captions=None):
         """Row numbers -> x_0 (B, 3, S, S) in [-1, 1], states (B, L, D), mask (B, L), those of `captions`."""
@@ -270,7 +264,7 @@ def training_batch(pictures, indices, scheduler, caption_cut, generator):
     dropped = torch.rand(B, generator=generator) < CAPTION_DROPOUT
     x_0, states, mask = pictures.batch(indices, torch.where(dropped, len(pictures.pixels), indices))
     # Trained on whole captions alone, each comes to stand for its one picture, and a new sentence of their words for
-    # none. CLIP reads from left to right: a caption's first tokens have the states of a caption that ends there
+    # none. CLIP reads from left to right: these are the states of a shorter caption, but for its end token
     u = torch.rand(B, 1, generator=generator)
     kept = torch.where(u < caption_cut, u / caption_cut, 1)                   # share of the tokens
     mask = torch.arange(mask.shape[1]) < (kept * mask.sum(dim=1, keepdim=True)).ceil().clamp(min=1)  # (B, L)
@@ -290,7 +284,7 @@ def diffusion_loss(unet, scheduler, x_0, states, mask, t, noise):
     """
     x_t = scheduler.add_noise(x_0, noise, t)                                    # (B, 3, H, W)
     error = unet(x_t, t, states, mask) - x_0                                    # (B, 3, H, W)
-    alpha_bar = scheduler.signal[t].square()                                    # (B, 1, 1, 1)
+    alpha_bar = scheduler.signal_scale[t].square()                              # (B, 1, 1, 1)
     return (error.square() + L1_WEIGHT * alpha_bar * error.abs()).mean(dim=(1, 2, 3))
 
 
@@ -301,15 +295,14 @@ def validate(unet, scheduler, pictures, indices, batch_size, seed):
     Each picture always has the same noise and time, and the times are spread evenly: the numbers of two epochs, or
     of two captions, can be compared. They tell whether the text is used.
     """
-    device, indices, n = scheduler.signal.device, torch.tensor(indices), len(indices)
+    device, indices, n = scheduler.signal_scale.device, torch.tensor(indices), len(indices)
     t = ((torch.arange(n) + 0.5) / n * scheduler.num_timesteps).long()
     noise = torch.randn(n, *pictures.pixels.shape[1:], generator=generator_for(seed, "validation"))
-    losses = torch.zeros(3, device=device)
-    for i, captions in enumerate([indices, indices.roll(1), torch.full_like(indices, len(pictures.pixels))]):
-        for part in torch.arange(n).split(batch_size):
-            batch = (*pictures.batch(indices[part], captions[part]), t[part], noise[part])
-            losses[i] += diffusion_loss(unet, scheduler, *(tensor.to(device) for tensor in batch)).sum() / n
-    return losses.tolist()
+    captions = torch.cat([indices, indices.roll(1), torch.full_like(indices, len(pictures.pixels))])
+    batch = (*pictures.batch(indices.repeat(3), captions), t.repeat(3), noise.repeat(3, 1, 1, 1))
+    losses = [diffusion_loss(unet, scheduler, *(tensor.to(device) for tensor in part))
+              for part in zip(*(tensor.split(batch_size) for tensor in batch))]
+    return torch.cat(losses).view(3, n).mean(dim=1).tolist()
 
 
 def orthogonal(matrices):
@@ -320,10 +313,10 @@ def orthogonal(matrices):
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
-    square, total = x @ x.mT, torch.eye(x.shape[1], device=x.device)     # (K, m, m) and, at first, (m, m)
+    eye = torch.eye(x.shape[1], device=x.device)
+    square, total = x @ x.mT, eye                                        # (K, m, m) and, at first, (m, m)
     for _ in range(ITERATIONS):
-        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+        factor = 3.4445 * eye + torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
         total, square = factor @ total, factor @ square @ factor
     x = total @ x
     return x.mT if tall else x
@@ -369,9 +362,8 @@ def optimizers_for(unet, lr):
 def learning_rate(step, steps, peak):
     """Linear warm-up, then half a cosine down to 0."""
     warmup = min(WARMUP_STEPS, steps // 10 + 1)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warmup) / max(1, steps - warmup)))
+    return peak * min((step + 1) / warmup, cosine)
 
 
 @torch.no_grad()
@@ -414,15 +406,6 @@ class StopRequest:
         return sent.item()
 
 
-def to_cpu(tree):
-    """The same nested dicts and lists with every tensor on the CPU."""
-    if isinstance(tree, dict):
-        return {key: to_cpu(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return list(map(to_cpu, tree))
-    return tree.cpu() if isinstance(tree, torch.Tensor) else tree
-
-
 def by_product(path, save):
     """Write what save(file) writes. What fails costs a warning, not the run: a full disk, no matplotlib."""
     try:
@@ -450,8 +433,8 @@ def loss_curve(rows):
 
 def main(argv=None):
     args = parse_args(argv)
-    device, amp = pick_device(args.device), autocast(pick_device(args.device), args.precision)
-    out, path = args.output_dir, args.output_dir / "checkpoint.pt"
+    device = pick_device(args.device)
+    out, path, amp = args.output_dir, args.output_dir / "checkpoint.pt", autocast(device, args.precision)
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
     if path.exists() != args.resume:
         raise UserError(f"{path} is there already: go on from it with --resume, or give another --output-dir"
@@ -466,7 +449,7 @@ def main(argv=None):
     ask_hub(args.text_encoder, args.dataset)
     encoder = TextEncoder(args.text_encoder)
     pictures = Pictures(read_rows(args), args.image_size, encoder)
-    prompts = encoder([*args.prompts, ""])
+    text = encoder([*args.prompts, ""])                            # of the sample sheets
     del encoder
     training, held_out = pictures.split(args.seed)
     steps_per_epoch = len(training) // args.batch_size            # what is left over waits for a later epoch
@@ -489,7 +472,7 @@ def main(argv=None):
     flags = {name: getattr(args, name) for name in (*MUST_MATCH, "text_encoder")}
     if args.resume:
         checkpoint = load_checkpoint(path)
-        with checkpoint_errors(path):
+        with user_errors(f"checkpoint {path} does not fit this version of model.py"):
             differ = [f"--{name.replace('_', '-')} is {flags[name]}, was {checkpoint['flags'][name]}"
                       for name in MUST_MATCH if checkpoint["flags"][name] != flags[name]]
             if checkpoint["fingerprint"] != pictures.fingerprint:
@@ -509,7 +492,7 @@ def main(argv=None):
         print(f"{len(training)} pictures to train on, {len(held_out)} held out; "
               f"{sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters on {device}; writing to {out}")
         if args.resume:
-            print(f"going on after step {step} of {steps}; log.csv is written anew from the checkpoint")
+            print(f"going on after step {step} of {steps}; the next epoch writes log.csv anew")
     with StopRequest() as stop, tqdm(total=steps, initial=step, unit=" steps", disable=rank > 0) as bar:
         while step < steps and not stopped:
             started, lr = time.perf_counter(), learning_rate(step, steps, args.lr)
@@ -557,7 +540,7 @@ def main(argv=None):
                                 val_loss_shuffled=f"{shuffled:.5f}", val_loss_empty=f"{empty:.5f}"))
                 loss_sum = 0.0
             if rank == 0 and (stopped or epoch_ends and (len(log) % args.save_every == 0 or step == steps)):
-                write_atomically(path, lambda file: torch.save(to_cpu(dict(
+                write_atomically(path, lambda file: torch.save(tree_map_only(torch.Tensor, torch.Tensor.cpu, dict(
                     format=FORMAT, config=unet.config, num_timesteps=scheduler.num_timesteps, flags=flags,
                     dataset=args.dataset, fingerprint=pictures.fingerprint, step=step, epoch=len(log),
                     loss_sum=float(loss_sum), seconds=seconds, log=log, model=unet.state_dict(), ema=ema.state_dict(),
@@ -565,13 +548,13 @@ def main(argv=None):
             if rank == 0 and epoch_ends:
                 lines = [",".join(map(str, line)) + "\n" for line in (log[0].keys(), *(row.values() for row in log))]
                 by_product(out / "log.csv", lambda file: file.write("".join(lines).encode()))
-            if rank == 0 and epoch_ends and (len(log) % args.sample_every == 0 or step == steps):
-                rows = [i for i in range(len(args.prompts)) for _ in range(SAMPLES)]
-                seeds = [(args.seed, i) for i in range(SAMPLES)] * len(args.prompts)  # the same noise in every row
-                drawn = draw(ema, scheduler, prompts, rows, seeds)                    # and every epoch
-                by_product(out / "samples" / f"epoch_{len(log):04d}.png",
-                           lambda file: contact_sheet(args.prompts, drawn).save(file))
-                by_product(out / "loss.png", lambda file: loss_curve(log).savefig(file))
+                if len(log) % args.sample_every == 0 or step == steps:
+                    rows = [i for i in range(len(args.prompts)) for _ in range(SAMPLES)]
+                    seeds = [(args.seed, i) for i in range(SAMPLES)] * len(args.prompts)  # the same noise in every row
+                    drawn = draw(ema, scheduler, text, rows, seeds)                       # and every epoch
+                    by_product(out / "samples" / f"epoch_{len(log):04d}.png",
+                               lambda file: contact_sheet(args.prompts, drawn).save(file))
+                    by_product(out / "loss.png", lambda file: loss_curve(log).savefig(file))
     if processes > 1:
         distributed.destroy_process_group()
     if rank == 0:

@@ -325,7 +325,7 @@ def test_the_sampler_reaches_the_distribution_it_should(scheduler, std, steps):
     mean = 0.3
 
     def network(x, t, context, mask):
-        signal, noise = scheduler.signal[t], scheduler.noise[t]
+        signal, noise = scheduler.signal_scale[t], scheduler.noise_scale[t]
         return mean + signal * std ** 2 / (signal ** 2 * std ** 2 + noise ** 2) * (x - signal * mean)
     found = draw(scheduler, network, B=8, steps=steps, guidance_scale=1)
     assert found.mean().item() == pytest.approx(mean, abs=0.01)
