@@ -16,6 +16,7 @@ Papers, named at each formula by these short names:
     JiT    Li and He 2025, Back to Basics: Let Denoising Generative Models Denoise, arXiv 2511.13720 (x_0-prediction)
     LDM    Rombach et al. 2021, Latent Diffusion, arXiv 2112.10752 (spatial transformer)
 """
+import argparse
 import hashlib
 import io
 import logging
@@ -376,6 +377,24 @@ def run(main):
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def number(kind, low, high, unit=None):
+    """An argparse type: a number of that kind from low to high, and a multiple of `unit` if that is given."""
+    def number(text):                                          # argparse calls it so: "invalid number value"
+        if not low <= kind(text) <= high:                      # nan is not either
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        if unit and kind(text) % unit:
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {unit}")
+        return kind(text)
+    return number
+
+
+def prompt(text):
+    """An argparse type: a text that is not empty, also where the terminal knows ASCII alone (LC_ALL=C)."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a prompt is empty")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def first_line(error):

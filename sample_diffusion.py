@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable, generator_for,
-                   pick_device, run, to_uint8, user_errors, write_atomically)
+                   number, pick_device, prompt, run, to_uint8, user_errors, write_atomically)
 
 FORMAT = "text-to-image-diffusion-5"  # marks a checkpoint as ours, and its version
 STEPS = 25                            # denoising steps of a picture
@@ -27,24 +27,6 @@ SHEET_SIZE = 128                      # smaller pictures are shown about this la
 LABEL = 18                            # pixels of height for a row's label
 FRAMES = 30                           # of an animation, at the most
 CJK_FONTS = ("Hiragino Sans GB.ttc", "msyh.ttc", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc")  # Pillow's shows boxes
-
-
-def number(kind, low, high, unit=None):
-    """An argparse type: a number of that kind from low to high, and a multiple of `unit` if that is given."""
-    def number(text):                                          # argparse calls it so: "invalid number value"
-        if not low <= kind(text) <= high:                      # nan is not either
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        if unit and kind(text) % unit:
-            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {unit}")
-        return kind(text)
-    return number
-
-
-def prompt(text):
-    """An argparse type: a text that is not empty, also where the terminal knows ASCII alone (LC_ALL=C)."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("a prompt is empty")
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def parse_args(argv=None):

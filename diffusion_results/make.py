@@ -23,7 +23,8 @@ VIDEO = ["a cartoon pikachu with big eyes and big ears", "a red pokemon with a r
          "a green bird with a red tail and a black nose"]
 WORDED = ["a red fire type pokemon, an animal on four legs",
           "a blue water type pokemon, a standing pokemon with a tail",
-          "a green bug type pokemon, a bug with a hard shell", "a purple poison type pokemon, a blob with a wide base"]
+          "a green bug type pokemon, a bug with a hard shell", "a purple poison type pokemon, a blob with a wide base",
+          "a yellow electric type pokemon, an animal on four legs", "a pink fairy type pokemon, a humanoid pokemon"]
 
 
 def make(checkpoint, path, *arguments):
@@ -68,7 +69,7 @@ def main():
         labels, rows = [], []
         for checkpoint in args.over_time:
             with tempfile.TemporaryDirectory() as folder:
-                sampling.main([WORDED[0], "--num-images", "6", "--checkpoint", str(checkpoint), "--output",
+                sampling.main([WORDED[0], VIDEO[2], "--num-images", "3", "--checkpoint", str(checkpoint), "--output",
                                str(Path(folder, "row.png"))])
                 pictures = [pil_to_tensor(Image.open(file)) for file in sorted(Path(folder).glob("row_*.png"))]
             labels.append(f"epoch {sampling.load_checkpoint(checkpoint)['epoch']}")
