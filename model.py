@@ -1,6 +1,6 @@
 """A small text-to-image diffusion model: CLIP tokens -> UNet with spatial transformers -> DDPM.
 
-    python train_diffusion.py                                     # trains what stands here
+    python train_diffusion.py                                    # trains what stands here
     python sample_diffusion.py "a dragon character with tail"    # draws with it
 
 Shapes: B pictures, C channels, H x W pixels, N = H * W positions, L caption tokens, D their width.
@@ -100,7 +100,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x, context, mask):
         B, C, H, W = x.shape
-        # A copy, since Linear has gone wrong on Apple's GPU where its input was a view with other strides
+        # A copy, since Linear has gone wrong on Apple's GPU if its input was a view with other strides
         tokens = self.norm(x).flatten(2).transpose(1, 2).contiguous()            # (B, N, C)
         tokens = self.proj_out(self.block(self.proj_in(tokens), context, mask))  # (B, N, C)
         return x + tokens.transpose(1, 2).reshape(B, C, H, W)                    # (B, C, H, W)
@@ -381,7 +381,8 @@ def run(main):
 
 def number(kind, low, high, unit=None):
     """An argparse type: a number of that kind from low to high, and a multiple of `unit` if that is given."""
-    def number(text):                                          # argparse calls it so: "invalid number value"
+    def number(text):
+        """The number that `text` names. argparse takes this function's name into 'invalid number value'."""
         if not low <= kind(text) <= high:                      # nan is not either
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         if unit and kind(text) % unit:

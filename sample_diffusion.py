@@ -127,7 +127,7 @@ def main(argv=None):
         unet.load_state_dict(checkpoint["ema"])
         name = args.text_encoder or checkpoint["flags"]["text_encoder"]
         trained_on = f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['dataset']}"
-    scheduler.to(device), unet.to(device)
+    scheduler, unet = scheduler.to(device), unet.to(device)
     ask_hub(name)
     encoder = TextEncoder(name)
     if encoder.dim != unet.config["context_dim"]:

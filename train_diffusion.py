@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--text-encoder", default="openai/clip-vit-base-patch32", help="hub name or folder of a CLIP text encoder")
     add("--demo", action="store_true", help="train a small model on the drawings in examples/, without a network")
     add("--image-size", type=number(int, STRIDE, 256, STRIDE), default=64, help=f"pixels a side, in steps of {STRIDE}")
-    add("--channels", type=number(int, GROUPS, 1024, GROUPS), default=64, help=f"the UNet's, in steps of {GROUPS}")
+    add("--channels", type=number(int, GROUPS, 1024, GROUPS), default=64, help=f"UNet's width, in steps of {GROUPS}")
     add("--epochs", type=count, default=320, help="passes over the pictures, in all; it can be raised on --resume")
     add("--batch-size", type=count, default=16, help="pictures per step")
     add("--lr", type=number(float, 1e-9, 1), default=0.015, help="highest learning rate of Muon")
