@@ -13,6 +13,7 @@ Papers, named at each formula by these short names:
     DDIM   Song et al. 2020, Denoising Diffusion Implicit Models, arXiv 2010.02502
     DPM++  Lu et al. 2022, DPM-Solver++, arXiv 2211.01095 (few steps)
     CFG    Ho and Salimans 2022, Classifier-Free Diffusion Guidance, arXiv 2207.12598
+    AG     Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself, arXiv 2406.02507 (autoguidance)
     JiT    Li and He 2025, Back to Basics: Let Denoising Generative Models Denoise, arXiv 2511.13720 (x_0-prediction)
     LDM    Rombach et al. 2021, Latent Diffusion, arXiv 2112.10752 (spatial transformer)
 """
@@ -32,7 +33,8 @@ from torch import nn
 STRIDE = 8     # pixels a side that one position of the lowest level covers
 GROUPS = 16    # of channels, each normalised by itself (GroupNorm)
 HEAD_DIM = 32  # channels of one attention head
-GUIDED = (0.05, 0.8)  # shares of T: guidance is used between these times
+LAYOUT = 0.9   # share of T: until this time, guided pictures are laid out without the caption
+DETAIL = 0.05  # share of T: from this time on they are not guided; it would only take time (arXiv 2404.07724)
 
 
 def timestep_embedding(t, dim):
@@ -322,25 +324,27 @@ class NoiseScheduler(nn.Module):
         return [max(round(self.num_timesteps * (n / steps) ** 2), n) - 1 for n in left]
 
     @torch.no_grad()
-    def sample(self, unet, x_t, text, no_text, generators, steps, guidance_scale, on_step=None):
+    def sample(self, unet, guide, x_t, text, no_text, generators, steps, guidance_scale, on_step=None):
         """Run the process backwards: x_t, pure noise (B, 3, H, W) -> pictures (B, 3, H, W) in [-1, 1].
 
-        text, no_text: (states (B, L, D), mask (B, L)) of the captions and of the empty caption, of one length L.
+        guide: the network as it was early in training.
+        text, no_text: (states (B, L, D), mask (B, L)) of the captions and of the empty caption.
         generators: a CPU random generator per picture, so that a seed means the same on every device.
         steps: T (1,000) is DDPM, fewer take several of its steps at once. guidance_scale: 1 is plain conditional
-        sampling, above 1 goes further from 'no caption' towards the caption. on_step: called with the x_t of each step.
+        sampling, above 1 goes further from `guide`, which is asked without the caption, towards `unet`, with it.
+        on_step: called with the x_t of each step.
         """
         T, x_0_prev, t_prev, times = self.num_timesteps, None, None, self.timesteps(steps)
-        both = [torch.cat(pair) for pair in zip(no_text, text)]
         for t, s in zip(times, times[1:] + [-1]):
-            # 1. The network's estimate of the clean picture; if guided, without and with the caption in one pass.
-            # Guidance in the first steps takes variety away and in the last does nothing (arXiv 2404.07724)
-            guided = guidance_scale != 1 and GUIDED[0] * T <= t < GUIDED[1] * T
-            x = torch.cat([x_t, x_t]) if guided else x_t
-            x_0 = unet(x, torch.full((len(x),), t, device=x.device), *(both if guided else text))
-            if guided:
-                x_empty, x_text = x_0.chunk(2)
-                x_0 = x_empty + guidance_scale * (x_text - x_empty)             # CFG Eq. 6 with w = guidance_scale - 1
+            # 1. The network's estimate of the clean picture
+            now = torch.full((len(x_t),), t, device=x_t.device)                 # (B,)
+            if guidance_scale == 1 or t < DETAIL * T:
+                x_0 = unet(x_t, now, *text)
+            elif t >= LAYOUT * T:                # a caption that is new would lay out parts of several drawings
+                x_0 = unet(x_t, now, *no_text)
+            else:                                # away from what it was without the caption, and early in training
+                x_early = guide(x_t, now, *no_text)
+                x_0 = x_early + guidance_scale * (unet(x_t, now, *text) - x_early)  # CFG Eq. 6, w = scale - 1; AG
             x_0 = x_0.clamp(-1, 1)                                              # so that no error piles up
 
             # 2. Look ahead in long steps; the first has no estimate before it, the last ends at its own

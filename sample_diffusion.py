@@ -19,7 +19,7 @@ from tqdm import tqdm
 from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable, generator_for,
                    number, pick_device, prompt, run, to_uint8, user_errors, write_atomically)
 
-FORMAT = "text-to-image-diffusion-5"  # marks a checkpoint as ours, and its version
+FORMAT = "text-to-image-diffusion-6"  # marks a checkpoint as ours, and its version
 STEPS = 25                            # denoising steps of a picture
 GUIDANCE_SCALE = 3                    # weight of the prompt; 1 is plain conditional sampling
 BATCH = 16                            # pictures drawn at once: what a 16 GB Mac takes easily
@@ -63,12 +63,12 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def draw(unet, scheduler, text, rows, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, on_step=None):
+def draw(unet, guide, scheduler, text, rows, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, on_step=None):
     """Captions' states -> uint8 pictures (B, 3, H, W) on the CPU.
 
-    text: (states (N + 1, L, D), mask (N + 1, L)) of N captions and the empty one; rows: B row numbers, of the captions
-    to draw. seeds: B tuples of whole numbers. A picture's noise follows from its own, whatever batch it is drawn in.
-    on_step: called with every x_t of every batch.
+    guide: the network as it was early in training. text: (states (N + 1, L, D), mask (N + 1, L)) of N captions and the
+    empty one; rows: B row numbers, of the captions to draw. seeds: B tuples of whole numbers. A picture's noise follows
+    from its own, whatever batch it is drawn in. on_step: called with every x_t of every batch.
     """
     device, size, pictures = scheduler.signal_scale.device, unet.config["image_size"], []
     for start in range(0, len(seeds), BATCH):
@@ -77,7 +77,7 @@ def draw(unet, scheduler, text, rows, seeds, steps=STEPS, guidance_scale=GUIDANC
         some = [part[rows[start:start + BATCH]].to(device) for part in text]
         none = [part[[-1] * len(noise)].to(device) for part in text]
         with autocast(device):
-            x_0 = scheduler.sample(unet, noise, some, none, generators, steps, guidance_scale, on_step)
+            x_0 = scheduler.sample(unet, guide, noise, some, none, generators, steps, guidance_scale, on_step)
         pictures.append(to_uint8(x_0).cpu())
     return torch.cat(pictures)
 
@@ -123,11 +123,12 @@ def main(argv=None):
         raise UserError("no output/*/checkpoint.pt here: train with train_diffusion.py first, or name a --checkpoint")
     checkpoint = load_checkpoint(path)
     with user_errors(f"checkpoint {path} does not fit this version of model.py"):
-        scheduler, unet = NoiseScheduler(checkpoint["num_timesteps"]), UNet(**checkpoint["config"]).eval()
+        scheduler = NoiseScheduler(checkpoint["num_timesteps"]).to(device)
+        unet, guide = (UNet(**checkpoint["config"]).to(device).eval() for _ in range(2))
         unet.load_state_dict(checkpoint["ema"])
+        guide.load_state_dict(checkpoint["guide"])
         name = args.text_encoder or checkpoint["flags"]["text_encoder"]
         trained_on = f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['dataset']}"
-    scheduler, unet = scheduler.to(device), unet.to(device)
     ask_hub(name)
     encoder = TextEncoder(name)
     if encoder.dim != unet.config["context_dim"]:
@@ -144,7 +145,7 @@ def main(argv=None):
             bar.update(len(x_t))
             if args.animate:
                 noisy.append(to_uint8(x_t).cpu())
-        pictures = torch.cat([draw(unet, scheduler, text, [i] * len(seeds), seeds, args.steps, scale, on_step)
+        pictures = torch.cat([draw(unet, guide, scheduler, text, [i] * len(seeds), seeds, args.steps, scale, on_step)
                               for i, scale in rows])
 
     images, output = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures], unused(args.output)

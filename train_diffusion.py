@@ -52,6 +52,7 @@ WEIGHT_DECAY = 0.01      # of Muon and AdamW
 MOMENTUM = 0.95          # of Muon
 ITERATIONS = 5           # of Newton-Schulz in Muon: two draw clearly worse
 EMA_DECAY = 0.999        # EMA of the weights: over the last 1 / (1 - 0.999) = 1,000 steps; the decay warms up
+GUIDE_STEPS = 1_350      # the average as it was after so many steps is what guidance leads away from
 CLIP_NORM = 1.0          # gradients longer than this are shortened to it
 SAMPLES = 6              # pictures of each prompt on a sample sheet
 READ_EVERY = 10          # steps between readings of the loss: each waits for the device
@@ -463,6 +464,7 @@ def main(argv=None):
     unet.text_mean, unet.text_std = tokens.mean(dim=0), tokens.std(dim=0).clamp(min=0.01)
     unet.to(device)
     ema = deepcopy(unet).eval().requires_grad_(False)             # what validation and samples show
+    guide = deepcopy(ema)                                         # the average as it was early in the run
     model = DistributedDataParallel(unet) if processes > 1 else unet
     optimizers = optimizers_for(unet, args.lr)
     scheduler = NoiseScheduler().to(device)
@@ -483,6 +485,7 @@ def main(argv=None):
                 raise UserError(f"--resume: {path} was trained otherwise: {'; '.join(differ)}")
             unet.load_state_dict(checkpoint["model"])
             ema.load_state_dict(checkpoint["ema"])
+            guide.load_state_dict(checkpoint["guide"])
             for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(saved)
             step, loss_sum, seconds, log = (checkpoint[name] for name in ("step", "loss_sum", "seconds", "log"))
@@ -515,6 +518,8 @@ def main(argv=None):
                 optimizer.step()
                 optimizer.zero_grad()
             update_ema(ema, unet, step)
+            if step < GUIDE_STEPS:
+                guide.load_state_dict(ema.state_dict())
 
             loss = (loss.detach() + 0 * norm) / processes         # 0 * inf is not a number: one check finds either
             if processes > 1:
@@ -544,14 +549,14 @@ def main(argv=None):
                     format=FORMAT, config=unet.config, num_timesteps=scheduler.num_timesteps, flags=flags,
                     dataset=args.dataset, fingerprint=pictures.fingerprint, step=step, epoch=len(log),
                     loss_sum=float(loss_sum), seconds=seconds, log=log, model=unet.state_dict(), ema=ema.state_dict(),
-                    optimizers=[optimizer.state_dict() for optimizer in optimizers])), file))
+                    guide=guide.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])), file))
             if rank == 0 and epoch_ends:
                 lines = [",".join(map(str, line)) + "\n" for line in (log[0].keys(), *(row.values() for row in log))]
                 by_product(out / "log.csv", lambda file: file.write("".join(lines).encode()))
                 if len(log) % args.sample_every == 0 or step == steps:
                     rows = [i for i in range(len(args.prompts)) for _ in range(SAMPLES)]
                     seeds = [(args.seed, i) for i in range(SAMPLES)] * len(args.prompts)  # the same noise in every row
-                    drawn = draw(ema, scheduler, text, rows, seeds)                       # and every epoch
+                    drawn = draw(ema, guide, scheduler, text, rows, seeds)                # and every epoch
                     by_product(out / "samples" / f"epoch_{len(log):04d}.png",
                                lambda file: contact_sheet(args.prompts, drawn).save(file))
                     by_product(out / "loss.png", lambda file: loss_curve(log).savefig(file))

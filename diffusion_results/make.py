@@ -21,6 +21,7 @@ DEMO = ["a red creature with a blue tail", "a blue creature with an orange tail 
         "a green creature with a purple tail and pink wings", "a yellow creature with a purple tail"]
 VIDEO = ["a cartoon pikachu with big eyes and big ears", "a red pokemon with a red fire tail",
          "a green bird with a red tail and a black nose"]
+PROGRESS = ["a water type pokemon", "a dragon character with tail"]
 WORDED = ["a red fire type pokemon, an animal on four legs",
           "a blue water type pokemon, a standing pokemon with a tail",
           "a green bug type pokemon, a bug with a hard shell", "a purple poison type pokemon, a blob with a wide base",
@@ -62,10 +63,13 @@ def main():
         make(args.pokemon, HERE / "guidance_scales.png", WORDED[0], "--num-images", "6", "--guidance-scale",
              *"1 1.5 2 3 5".split())
         make(args.pokemon, HERE / "pokemon_samples.png", *WORDED, "--num-images", "6")
-        sheets = sorted((args.pokemon / "samples").glob("epoch_*.png"))
-        below([sheets[round(i)] for i in np.linspace(0, len(sheets) - 1, 3)], HERE / "progress.png")
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
     if args.over_time:
+        with tempfile.TemporaryDirectory() as folder:
+            sheets = [Path(folder, f"{i}.png") for i in range(3)]
+            for sheet, i in zip(sheets, np.linspace(0, len(args.over_time) - 1, 3)):
+                make(args.over_time[round(i)], sheet, *PROGRESS, "--num-images", "6")
+            below(sheets, HERE / "progress.png")
         labels, rows = [], []
         for checkpoint in args.over_time:
             with tempfile.TemporaryDirectory() as folder:

@@ -94,8 +94,9 @@ def main():
     args = parser.parse_args()
     device, checkpoint = pick_device(args.device), sampling.load_checkpoint(args.checkpoint)
     flags = checkpoint["flags"]
-    unet = UNet(**checkpoint["config"]).to(device).eval()
+    unet, guide = (UNet(**checkpoint["config"]).to(device).eval() for _ in range(2))
     unet.load_state_dict(checkpoint["ema"])
+    guide.load_state_dict(checkpoint["guide"])
     scheduler, encoder = NoiseScheduler(checkpoint["num_timesteps"]).to(device), TextEncoder(flags["text_encoder"])
     rows = train.read_rows(train.parse_args(["--dataset", args.dataset or checkpoint["dataset"]]))
     pictures = train.Pictures(rows, flags["image_size"], encoder)
@@ -109,7 +110,7 @@ def main():
         """One picture for each row of states but the last, the empty caption's; with a progress bar."""
         rows = list(range(len(states) - 1))
         with tqdm(total=len(rows) * steps, leave=False, unit=" picture steps") as bar:
-            return sampling.draw(unet, scheduler, (states, mask), rows, [(0, i) for i in rows], steps, scale,
+            return sampling.draw(unet, guide, scheduler, (states, mask), rows, [(0, i) for i in rows], steps, scale,
                                  lambda x_t: bar.update(len(x_t)))
 
     print(f"epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 60:.0f} minutes of training steps")

@@ -21,19 +21,20 @@ AT_LEAST = dict(paper=0.97, flat=0.95, eyes=0.85, body=0.95, tail=0.90, ears=0.7
 
 @pytest.fixture(scope="session")
 def trained(demo):
-    """(unet, encoder) as sample_diffusion.py loads them."""
+    """(unet, guide, encoder) as sample_diffusion.py loads them."""
     checkpoint = sample_diffusion.load_checkpoint(demo / "output" / "demo" / "checkpoint.pt")
-    unet = UNet(**checkpoint["config"]).eval()
+    unet, guide = (UNet(**checkpoint["config"]).eval() for _ in range(2))
     unet.load_state_dict(checkpoint["ema"])
-    return unet, TextEncoder(checkpoint["flags"]["text_encoder"])
+    guide.load_state_dict(checkpoint["guide"])
+    return unet, guide, TextEncoder(checkpoint["flags"]["text_encoder"])
 
 
 def draw(trained, prompts, guidance_scale, seed=0):
     """One picture a prompt at the default steps -> uint8 (B, H, W, 3)."""
-    unet, encoder = trained
+    unet, guide, encoder = trained
     rows = list(range(len(prompts)))
-    pictures = sample_diffusion.draw(unet, NoiseScheduler(), encoder([*prompts, ""]), rows, [(seed, i) for i in rows],
-                                     guidance_scale=guidance_scale)
+    pictures = sample_diffusion.draw(unet, guide, NoiseScheduler(), encoder([*prompts, ""]), rows,
+                                     [(seed, i) for i in rows], guidance_scale=guidance_scale)
     return pictures.permute(0, 2, 3, 1).numpy()
 
 
@@ -129,4 +130,4 @@ def test_the_same_seed_gives_the_same_picture_in_any_batch(trained, monkeypatch)
 
 def test_checkpoints_hold_tensors_and_plain_values_only(demo):
     checkpoint = torch.load(demo / "output" / "demo" / "checkpoint.pt", weights_only=True)
-    assert {"config", "flags", "model", "ema", "optimizers", "step", "epoch", "format"} <= set(checkpoint)
+    assert {"config", "flags", "model", "ema", "guide", "optimizers", "step", "epoch", "format"} <= set(checkpoint)

@@ -256,7 +256,7 @@ def of_another_version(kind, saved):
 
 
 @pytest.mark.parametrize("kind", ["format", "new key", "wrong width", "config of another kind", "weight missing",
-                                  "weight of another shape", "ema", "config", "flags", "num_timesteps"])
+                                  "weight of another shape", "ema", "guide", "config", "flags", "num_timesteps"])
 def test_a_checkpoint_of_another_version(sample, checkpoint, tmp_path, kind):
     torch.save(of_another_version(kind, checkpoint()), tmp_path / "other.pt")
     assert says_one_line(sample("a cat", "--checkpoint", tmp_path / "other.pt"), tmp_path / "other.pt")
@@ -264,7 +264,7 @@ def test_a_checkpoint_of_another_version(sample, checkpoint, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["format", "weight missing", "weight of another shape", "model", "flags", "optimizers",
-                                  "ema", "fingerprint", "step", "log"])
+                                  "ema", "guide", "fingerprint", "step", "log"])
 def test_resuming_from_a_checkpoint_of_another_version(checkpoint, capfd, tmp_path, kind):
     torch.save(of_another_version(kind, checkpoint()), tmp_path / "checkpoint.pt")
     before = (tmp_path / "checkpoint.pt").read_bytes()

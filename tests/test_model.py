@@ -226,12 +226,12 @@ def test_the_times_run_from_pure_noise_towards_zero(scheduler):
         assert times == sorted(set(times), reverse=True)
 
 
-def draw(scheduler, network, B=2, L=3, size=32, dim=24, steps=10, guidance_scale=2, on_step=None):
+def draw(scheduler, network, B=2, L=3, size=32, dim=24, steps=10, guidance_scale=2, on_step=None, guide=None):
     text = torch.randn(B, L, dim, generator=generator_for(1)), torch.ones(B, L, dtype=torch.bool)
     empty = torch.zeros(B, L, dim), torch.tensor([[True] + [False] * (L - 1)] * B)
     noise = torch.randn(B, 3, size, size, generator=generator_for(2))
-    return scheduler.sample(network, noise, text, empty, [generator_for(3, i) for i in range(B)], steps,
-                            guidance_scale, on_step)
+    return scheduler.sample(network, guide or network, noise, text, empty, [generator_for(3, i) for i in range(B)],
+                            steps, guidance_scale, on_step)
 
 
 def wavy(x, t, context, mask):
@@ -278,30 +278,30 @@ def test_guidance_scale_1_asks_for_the_caption_alone(scheduler):
     assert len(asked) == 3 and all(torch.equal(context, text) and mask.all() for context, mask in asked)
 
 
-def middle(t):
-    """Where guidance changes pictures: neither in the most noise nor in hardly any."""
-    return (t >= 50) & (t < 800)
+def test_guided_pictures_begin_without_the_caption_and_the_guide_never_has_it(scheduler):
+    asked, guide_asked = {}, {}
 
-
-def test_guidance_asks_without_and_with_the_caption_in_one_pass_in_the_middle_of_the_noise(scheduler):
-    asked = {}
-
-    def network(x, t, context, mask):
-        asked[int(t[0])] = mask.all(dim=1).tolist()
-        return wavy(x, t, context, mask)
-    draw(scheduler, network, steps=1000, guidance_scale=3.0)
-    assert asked == {t: [False, False, True, True] if middle(torch.tensor(t)) else [True, True] for t in range(1000)}
+    def asks(t, mask, by):
+        by[int(t[0])] = mask.all(dim=1).tolist()
+        return torch.zeros(2, 3, 32, 32)
+    draw(scheduler, lambda x, t, context, mask: asks(t, mask, asked), steps=1000, guidance_scale=3.0,
+         guide=lambda x, t, context, mask: asks(t, mask, guide_asked))
+    assert asked == {t: [t < 900] * 2 for t in range(1000)}
+    assert guide_asked == {t: [False, False] for t in range(50, 900)}
 
 
 def test_guided_pictures_are_those_of_the_network_that_guidance_makes(scheduler):
     seen = []
 
     def network(x, t, context, mask):
-        return wavy(x, t, None, None) * torch.where(mask.all(1), 0.3, 0.2)[:, None, None, None]
+        return 0.3 * wavy(x, t, None, None)
+
+    def guide(x, t, context, mask):
+        return 0.2 * wavy(x, t, None, None)
 
     def guided(x, t, context, mask):  # CFG Eq. 6: 0.2 + 2.5 (0.3 - 0.2)
-        return wavy(x, t, None, None) * torch.where(middle(t), 0.45, 0.3)[:, None, None, None]
-    found = draw(scheduler, network, steps=5, guidance_scale=2.5, on_step=seen.append)
+        return wavy(x, t, None, None) * torch.where((t >= 50) & (t < 900), 0.45, 0.3)[:, None, None, None]
+    found = draw(scheduler, network, steps=5, guidance_scale=2.5, on_step=seen.append, guide=guide)
     expected = draw(scheduler, guided, steps=5, guidance_scale=1)
     assert (found - expected).abs().max() < 1e-5
     assert len(seen) == 5 and all(x_t.shape == found.shape for x_t in seen) and torch.equal(seen[-1], found)

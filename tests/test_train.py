@@ -70,8 +70,8 @@ class Enough(Exception):
 def main(small, monkeypatch):
     """main(*flags) -> train_diffusion.main in this process, small, watched, and with nothing drawn."""
     loss = train.diffusion_loss
-    monkeypatch.setattr(train, "draw", lambda unet, scheduler, text, rows, seeds: torch.zeros(len(rows), 3, 16, 16,
-                                                                                              dtype=torch.uint8))
+    monkeypatch.setattr(train, "draw", lambda unet, guide, scheduler, text, rows, seeds:
+                        torch.zeros(len(rows), 3, 16, 16, dtype=torch.uint8))
     monkeypatch.setattr(train, "loss_curve", lambda rows: SimpleNamespace(savefig=lambda file: file.write(b"a curve")))
 
     def main(*flags, look=lambda step, unet, batch: None, change=lambda step, loss: loss):
@@ -538,6 +538,17 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(main, straigh
     main("--epochs", 2, "--resume")
     assert numbers(saved(tmp_path / "run")) == numbers(saved(straight))
     assert numbers(logged(tmp_path / "run")) == numbers(logged(straight))
+
+
+def test_the_guide_is_the_average_as_it_was_early_in_the_run(main, straight, tmp_path, monkeypatch):
+    assert numbers(saved(straight)["guide"]) == numbers(saved(straight)["ema"])  # in a short run
+    monkeypatch.setattr(train, "GUIDE_STEPS", 2)
+    assert stop_after(main, 2, "--epochs", 2) == 130
+    early = saved(tmp_path / "run")
+    main("--epochs", 2, "--resume")
+    end = saved(tmp_path / "run")
+    assert numbers(end["guide"]) == numbers(early["guide"]) == numbers(early["ema"])
+    assert numbers(end["ema"]) == numbers(saved(straight)["ema"])
 
 
 def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(main, trained, tmp_path, capsys):
