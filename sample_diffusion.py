@@ -21,7 +21,7 @@ from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autoca
 
 FORMAT = "text-to-image-diffusion-6"  # marks a checkpoint as ours, and its version
 STEPS = 25                            # denoising steps of a picture
-GUIDANCE_SCALE = 3                    # weight of the prompt; 1 is plain conditional sampling
+GUIDANCE_SCALE = 2                    # weight of the prompt; 1 is plain conditional sampling
 BATCH = 16                            # pictures drawn at once: what a 16 GB Mac takes easily
 SHEET_SIZE = 128                      # smaller pictures are shown about this large on a sheet, in pixels
 LABEL = 18                            # pixels of height for a row's label
