@@ -46,7 +46,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--demo", type=Path, help="a run with --demo, on whose checkpoint tests/quality.py was called")
     parser.add_argument("--pokemon", type=Path, help="a run on the pokemon drawings")
-    parser.add_argument("--over-time", type=Path, nargs="+", help="checkpoints kept on the way, the earliest first")
+    parser.add_argument("--over-time", type=Path, nargs="+",
+                        help="checkpoints of it kept on the way, the earliest first: over_time.png, progress.png")
     args = parser.parse_args()
     if args.demo:
         make(args.demo, HERE / "demo_samples.png", *DEMO, "--num-images", "6")
