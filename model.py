@@ -33,14 +33,13 @@ from torch import nn
 STRIDE = 8     # pixels a side that one position of the lowest level covers
 GROUPS = 16    # of channels, each normalised by itself (GroupNorm)
 HEAD_DIM = 32  # channels of one attention head
-LAYOUT = 0.9   # share of T: until this time, guided pictures are laid out without the caption
-DETAIL = 0.05  # share of T: from this time on they are not guided; it would only take time (arXiv 2404.07724)
+DETAIL = 0.05  # share of T: pictures with less noise are not guided; it would only take time (arXiv 2404.07724)
 
 
 def timestep_embedding(t, dim):
     """Sines and cosines of t at geometrically spaced frequencies: (B,) -> (B, dim). DDPM, appendix B."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # 1 ... 1/10,000
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # 10,000^(-i / half)
     angles = t[:, None].float() * frequencies[None, :]                                       # (B, dim / 2)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)                                   # (B, dim)
 
@@ -137,7 +136,7 @@ class DownBlock(nn.Module):
     def __init__(self, in_channels, out_channels, time_dim, context_dim=None):
         super().__init__()
         self.resnet = ResnetBlock(in_channels, out_channels, time_dim)
-        self.transformer = context_dim and SpatialTransformer(out_channels, context_dim)
+        self.transformer = SpatialTransformer(out_channels, context_dim) if context_dim else None
 
     def forward(self, x, time, context, mask):
         x = self.resnet(x, time)                                            # (B, out_channels, H, W)
@@ -172,7 +171,7 @@ class UNet(nn.Module):
     caption's token states; mask (B, L) True where a token is real, at least one per row. Returns x_0 (B, 3, H, W).
     Drawings fill a small part of the space of pictures, noise all of it: a small network answers with them best (JiT).
     channels: c, a multiple of GROUPS, width of the first level (of the others 2c, 3c, 4c); context_dim: D, the text
-    encoder's width.
+    encoder's width; image_size: that of training, kept for the sampler.
     """
 
     def __init__(self, image_size=64, channels=64, context_dim=512):
@@ -205,7 +204,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, x_t, t, context, mask):
-        B, C, H, W = x_t.shape
+        H, W = x_t.shape[2:]
         if H % STRIDE or W % STRIDE:
             raise ValueError(f"picture of {W}x{H} pixels: both sides must be a multiple of {STRIDE}")
         time = self.time_mlp(timestep_embedding(t, self.config["channels"]))  # (B, 4c)
@@ -259,6 +258,7 @@ class TextEncoder(nn.Module):
         L is the longest caption's length, start and end tokens included, so no row is ever without a token.
         Captions over 77 tokens are cut, with one warning.
         """
+        # One token more than is kept shows which captions are too long
         ids = self.tokenizer(captions, truncation=True, max_length=self.max_length + 1)["input_ids"]
         long = [caption for caption, tokens in zip(captions, ids) if len(tokens) > self.max_length]
         if long and not self.warned:
@@ -268,6 +268,12 @@ class TextEncoder(nn.Module):
                                 return_tensors="pt")
         states = self.clip(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         return states.float(), tokens["attention_mask"].bool()
+
+
+def first_tokens(mask, share):
+    """mask (B, L) -> the same, True for that share of a caption's tokens alone: the first ones, at least one."""
+    kept = (share * mask.sum(dim=1, keepdim=True)).ceil().clamp(min=1)          # (B, 1)
+    return mask & (torch.arange(mask.shape[1], device=mask.device) < kept)      # (B, L)
 
 
 class NoiseScheduler(nn.Module):
@@ -324,38 +330,41 @@ class NoiseScheduler(nn.Module):
         return [max(round(self.num_timesteps * (n / steps) ** 2), n) - 1 for n in left]
 
     @torch.no_grad()
-    def sample(self, unet, guide, x_t, text, no_text, generators, steps, guidance_scale, on_step=None):
+    def sample(self, unet, guide, x_t, text, no_text, generators, steps, guidance_scale, caption_cut, on_step=None):
         """Run the process backwards: x_t, pure noise (B, 3, H, W) -> pictures (B, 3, H, W) in [-1, 1].
 
-        guide: the network as it was early in training.
+        guide: the network's averaged weights as they were early in training.
         text, no_text: (states (B, L, D), mask (B, L)) of the captions and of the empty caption.
         generators: a CPU random generator per picture, so that a seed means the same on every device.
         steps: T (1,000) is DDPM, fewer take several of its steps at once. guidance_scale: 1 is plain conditional
         sampling, above 1 goes further from `guide`, which is asked without the caption, towards `unet`, with it.
+        caption_cut: that of training; if captions were cut, guided pictures begin with their first words.
         on_step: called with the x_t of each step.
         """
         T, x_0_prev, t_prev, times = self.num_timesteps, None, None, self.timesteps(steps)
         for t, s in zip(times, times[1:] + [-1]):
             # 1. The network's estimate of the clean picture
-            now = torch.full((len(x_t),), t, device=x_t.device)                 # (B,)
+            t_batch = torch.full((len(x_t),), t, device=x_t.device)             # (B,)
             if guidance_scale == 1 or t < DETAIL * T:
-                x_0 = unet(x_t, now, *text)
-            elif t >= LAYOUT * T:                # a caption that is new would lay out parts of several drawings
-                x_0 = unet(x_t, now, *no_text)
-            else:                                # away from what it was without the caption, and early in training
-                x_early = guide(x_t, now, *no_text)
-                x_0 = x_early + guidance_scale * (unet(x_t, now, *text) - x_early)  # CFG Eq. 6, w = scale - 1; AG
+                x_0 = unet(x_t, t_batch, *text)
+            else:
+                # A new caption, read whole, would lay out parts of several drawings: it comes word by word, and is
+                # whole from t = 2/3 T on. Guidance leads away from no caption (CFG Eq. 6, w = scale - 1) and from the
+                # network as it was early on (AG, where both have the caption)
+                states, mask = text
+                mask = first_tokens(mask, 3 * (1 - t / T)) if caption_cut else mask
+                x_early = guide(x_t, t_batch, *no_text)
+                x_0 = x_early + guidance_scale * (unet(x_t, t_batch, states, mask) - x_early)
             x_0 = x_0.clamp(-1, 1)                                              # so that no error piles up
 
-            # 2. Look ahead in long steps; the first has no estimate before it, the last ends at its own
-            ahead = x_0
-            if steps < self.num_timesteps and t_prev is not None and s >= 0:
-                ahead = self.extrapolate(x_0, x_0_prev, t_prev, t, s)
+            # 2. In long steps, extrapolate; the first has no estimate before it, the last ends at its own
+            between = steps < T and t_prev is not None and s >= 0
+            x_0_mid = self.extrapolate(x_0, x_0_prev, t_prev, t, s) if between else x_0
             x_0_prev, t_prev = x_0, t
 
             # 3. Less noise: back to the time s
             z = torch.stack([torch.randn(x_t.shape[1:], generator=g) for g in generators]).to(x_t.device)
-            x_t = self.step(ahead, x_t, t, s, z)
+            x_t = self.step(x_0_mid, x_t, t, s, z)
             if on_step:
                 on_step(x_t)
         return x_t
@@ -459,7 +468,7 @@ def autocast(device, precision="auto"):
     """What the forward pass runs under: nothing for fp32; for bf16 torch.autocast. auto: bf16 if in hardware."""
     cpu = getattr(torch.cpu, "get_capabilities", dict)()               # torch before 2.10 can't be asked: fp32
     bf16 = dict(cuda=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-                cpu=cpu.get("avx512_bf16") or cpu.get("amx_bf16"), mps=False)  # on Macs measured to be slower than fp32
+                cpu=cpu.get("avx512_bf16") or cpu.get("amx_bf16"), mps=False)  # slower there (karpathy/nanochat#685)
     wanted = precision == "bf16" or precision == "auto" and bf16[device.type]
     return torch.autocast(device.type, dtype=torch.bfloat16) if wanted else nullcontext()
 
@@ -470,7 +479,7 @@ def generator_for(*key):
 
 
 def to_uint8(x):
-    """Pictures in [-1, 1] -> bytes 0 ... 255, clamped first: an uint8 cast alone would turn -0.02 into 251."""
+    """Pictures in [-1, 1] -> bytes 0 ... 255, clamped first: a uint8 cast alone would turn -1.04 into 251."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

@@ -4,8 +4,8 @@
     python sample_diffusion.py "a water type pokemon" --guidance-scale 1 3    # plain above guided, from the same noise
     python sample_diffusion.py "a water type pokemon" --animate               # and a .gif of the noise turning into it
 """
-import argparse
 import os
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -22,7 +22,7 @@ from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autoca
 FORMAT = "text-to-image-diffusion-6"  # marks a checkpoint as ours, and its version
 STEPS = 25                            # denoising steps of a picture
 GUIDANCE_SCALE = 2                    # weight of the prompt; 1 is plain conditional sampling
-BATCH = 16                            # pictures drawn at once: what a 16 GB Mac takes easily
+BATCH = 16                            # pictures drawn at once
 SHEET_SIZE = 128                      # smaller pictures are shown about this large on a sheet, in pixels
 LABEL = 18                            # pixels of height for a row's label
 FRAMES = 30                           # of an animation, at the most
@@ -31,8 +31,7 @@ CJK_FONTS = ("Hiragino Sans GB.ttc", "msyh.ttc", "NotoSansCJK-Regular.ttc", "wqy
 
 def parse_args(argv=None):
     """Command line -> namespace; argparse itself names a wrong flag and exits with 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("prompts", type=prompt, nargs="+", metavar="PROMPT", help="what to draw, one text a picture")
     add("--checkpoint", type=Path, help="what train_diffusion.py wrote; if not given, the newest in output/*/")
@@ -63,21 +62,23 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def draw(unet, guide, scheduler, text, rows, seeds, steps=STEPS, guidance_scale=GUIDANCE_SCALE, on_step=None):
+def draw(unet, guide, scheduler, text, rows, seeds, caption_cut, steps=STEPS, guidance_scale=GUIDANCE_SCALE,
+         on_step=None):
     """Captions' states -> uint8 pictures (B, 3, H, W) on the CPU.
 
     guide: the network as it was early in training. text: (states (N + 1, L, D), mask (N + 1, L)) of N captions and the
     empty one; rows: B row numbers, of the captions to draw. seeds: B tuples of whole numbers. A picture's noise follows
-    from its own, whatever batch it is drawn in. on_step: called with every x_t of every batch.
+    from its own, whatever batch it is drawn in. caption_cut: that of training. on_step: called with every x_t.
     """
     device, size, pictures = scheduler.signal_scale.device, unet.config["image_size"], []
     for start in range(0, len(seeds), BATCH):
         generators = [generator_for(*key) for key in seeds[start:start + BATCH]]
         noise = torch.stack([torch.randn(3, size, size, generator=g) for g in generators]).to(device)
-        some = [part[rows[start:start + BATCH]].to(device) for part in text]
-        none = [part[[-1] * len(noise)].to(device) for part in text]
+        captions = [part[rows[start:start + BATCH]].to(device) for part in text]
+        empty = [part[[-1] * len(noise)].to(device) for part in text]
         with autocast(device):
-            x_0 = scheduler.sample(unet, guide, noise, some, none, generators, steps, guidance_scale, on_step)
+            x_0 = scheduler.sample(unet, guide, noise, captions, empty, generators, steps, guidance_scale, caption_cut,
+                                   on_step)
         pictures.append(to_uint8(x_0).cpu())
     return torch.cat(pictures)
 
@@ -127,7 +128,7 @@ def main(argv=None):
         unet, guide = (UNet(**checkpoint["config"]).to(device).eval() for _ in range(2))
         unet.load_state_dict(checkpoint["ema"])
         guide.load_state_dict(checkpoint["guide"])
-        name = args.text_encoder or checkpoint["flags"]["text_encoder"]
+        name, caption_cut = args.text_encoder or checkpoint["flags"]["text_encoder"], checkpoint["flags"]["caption_cut"]
         trained_on = f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['dataset']}"
     ask_hub(name)
     encoder = TextEncoder(name)
@@ -145,8 +146,8 @@ def main(argv=None):
             bar.update(len(x_t))
             if args.animate:
                 noisy.append(to_uint8(x_t).cpu())
-        pictures = torch.cat([draw(unet, guide, scheduler, text, [i] * len(seeds), seeds, args.steps, scale, on_step)
-                              for i, scale in rows])
+        pictures = torch.cat([draw(unet, guide, scheduler, text, [i] * len(seeds), seeds, caption_cut, args.steps,
+                                   scale, on_step) for i, scale in rows])
 
     images, output = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures], unused(args.output)
     files = {output: (contact_sheet(labels, pictures) if len(images) > 1 else images[0]).save}  # path: what writes it

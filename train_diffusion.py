@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from model import (GROUPS, STRIDE, NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autocast, check_writable,
-                   first_line, generator_for, number, pick_device, prompt, run, user_errors, write_atomically)
+                   first_line, first_tokens, generator_for, number, pick_device, prompt, run, user_errors,
+                   write_atomically)
 from sample_diffusion import FORMAT, contact_sheet, draw, load_checkpoint
 
 EXAMPLES = Path(__file__).resolve().parent / "examples"
@@ -241,17 +242,16 @@ class Pictures:
     def split(self, seed):
         """Row numbers -> (training, held out), shuffled by the seed. All rows of one picture are on the same side."""
         order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
-        rows_of, held_out = Counter(self.hashes[i] for i in order), set()  # picture: number of rows, in that order
+        rows_of, held_out = Counter(self.hashes[i] for i in order), set()  # hash: number of rows, in that order
         room = max(min(rows_of.values()), round(len(order) * VALIDATION_SHARE))
-        for picture, rows in rows_of.items():
+        for digest, rows in rows_of.items():
             if rows <= room:
-                held_out.add(picture)
+                held_out.add(digest)
                 room -= rows
         return ([i for i in order if self.hashes[i] not in held_out], [i for i in order if self.hashes[i] in held_out])
 
-    def batch(self, indices, captions=None):
-        """Row numbers -> x_0 (B, 3, S, S) in [-1, 1], states (B, L, D), mask (B, L), those of `captions`."""
-        captions = indices if captions is None else captions
+    def batch(self, indices, captions):
+        """Row numbers of pictures and of captions -> x_0 (B, 3, S, S) in [-1, 1], states (B, L, D), mask (B, L)."""
         return self.pixels[indices].float() / 127.5 - 1, self.states[captions], self.mask[captions]
 
 
@@ -267,8 +267,7 @@ def training_batch(pictures, indices, scheduler, caption_cut, generator):
     # Trained on whole captions alone, each comes to stand for its one picture, and a new sentence of their words for
     # none. CLIP reads from left to right: these are the states of a shorter caption, but for its end token
     u = torch.rand(B, 1, generator=generator)
-    kept = torch.where(u < caption_cut, u / caption_cut, 1)                   # share of the tokens
-    mask = torch.arange(mask.shape[1]) < (kept * mask.sum(dim=1, keepdim=True)).ceil().clamp(min=1)  # (B, L)
+    mask = first_tokens(mask, torch.where(u < caption_cut, u / caption_cut, 1))  # (B, L)
     flip = torch.rand(B, 1, 1, 1, generator=generator) < 0.5                  # mirrored, half of them
     x_0 = torch.where(flip, x_0.flip(-1), x_0)
     # Stratified: one time from each B-th of 0 ... T-1, so that every batch sees all noise levels
@@ -280,7 +279,7 @@ def training_batch(pictures, indices, scheduler, caption_cut, generator):
 def diffusion_loss(unet, scheduler, x_0, states, mask, t, noise):
     """How far the network's clean picture is from x_0 at the times t, one number per picture: (B,).
 
-    Deep in the noise the squared error, whose best answer is the mean of all pictures that fit (DDPM); the cleaner x_t
+    Deep in the noise the squared error, whose best answer is the mean of all pictures that fit; the cleaner x_t
     is, the more the absolute error, whose best answer is the median: white paper, flat colours, sharp outlines.
     """
     x_t = scheduler.add_noise(x_0, noise, t)                                    # (B, 3, H, W)
@@ -309,17 +308,18 @@ def validate(unet, scheduler, pictures, indices, batch_size, seed):
 def orthogonal(matrices):
     """(K, m, n) -> the same singular vectors, with all singular values near 1: Newton-Schulz iterations (Muon).
 
-    Each multiplies x by 3.4445 I - 4.7750 (x x^T) + 2.0315 (x x^T)^2. That is done to the small square x x^T alone.
+    Each multiplies x by 3.4445 I - 4.7750 (x x^T) + 2.0315 (x x^T)^2. The loop follows only the small x x^T and the
+    product of these factors; x is multiplied once, at the end.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     eye = torch.eye(x.shape[1], device=x.device)
-    square, total = x @ x.mT, eye                                        # (K, m, m) and, at first, (m, m)
+    gram, product = x @ x.mT, eye                                        # (K, m, m) and, at first, (m, m)
     for _ in range(ITERATIONS):
-        factor = 3.4445 * eye + torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
-        total, square = factor @ total, factor @ square @ factor
-    x = total @ x
+        factor = 3.4445 * eye + torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
     return x.mT if tall else x
 
 
@@ -483,9 +483,8 @@ def main(argv=None):
                 differ.append("--text-encoder is another one")
             if differ:
                 raise UserError(f"--resume: {path} was trained otherwise: {'; '.join(differ)}")
-            unet.load_state_dict(checkpoint["model"])
-            ema.load_state_dict(checkpoint["ema"])
-            guide.load_state_dict(checkpoint["guide"])
+            for name, network in dict(model=unet, ema=ema, guide=guide).items():
+                network.load_state_dict(checkpoint[name])
             for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(saved)
             step, loss_sum, seconds, log = (checkpoint[name] for name in ("step", "loss_sum", "seconds", "log"))
@@ -527,7 +526,7 @@ def main(argv=None):
             loss_sum += loss
             step += 1
             stopped, epoch_ends = stop.agreed(device, processes), step % steps_per_epoch == 0
-            if stopped or epoch_ends or (step - 1) % READ_EVERY == 0:  # always before a save
+            if stopped or epoch_ends or (step - 1) % READ_EVERY == 0:  # so always before a save
                 if not math.isfinite(loss_sum):
                     good = f"the last good checkpoint is {path}" if path.is_file() else "no checkpoint was written yet"
                     raise UserError(f"the loss is not finite at step {step}; {good}. Try a lower --lr")
@@ -555,8 +554,8 @@ def main(argv=None):
                 by_product(out / "log.csv", lambda file: file.write("".join(lines).encode()))
                 if len(log) % args.sample_every == 0 or step == steps:
                     rows = [i for i in range(len(args.prompts)) for _ in range(SAMPLES)]
-                    seeds = [(args.seed, i) for i in range(SAMPLES)] * len(args.prompts)  # the same noise in every row
-                    drawn = draw(ema, guide, scheduler, text, rows, seeds)                # and every epoch
+                    seeds = [(args.seed, i) for i in range(SAMPLES)] * len(args.prompts)  # one noise for all rows
+                    drawn = draw(ema, guide, scheduler, text, rows, seeds, args.caption_cut)
                     by_product(out / "samples" / f"epoch_{len(log):04d}.png",
                                lambda file: contact_sheet(args.prompts, drawn).save(file))
                     by_product(out / "loss.png", lambda file: loss_curve(log).savefig(file))

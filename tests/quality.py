@@ -24,7 +24,7 @@ from model import (NoiseScheduler, TextEncoder, UNet, UserError, autocast, pick_
                    write_atomically)
 
 HUES = dict(red=0, yellow=60, green=120, blue=240)  # degrees, of the colour words
-COPY = 1 / 3  # nearest training picture nearer than this share of the second nearest: a copy (2310.02557)
+COPY = 1 / 3  # nearest training picture nearer than this share of the second nearest: a copy (2310.02664)
 
 
 def features(pictures):
@@ -110,8 +110,8 @@ def main():
         """One picture for each row of states but the last, the empty caption's; with a progress bar."""
         rows = list(range(len(states) - 1))
         with tqdm(total=len(rows) * steps, leave=False, unit=" picture steps") as bar:
-            return sampling.draw(unet, guide, scheduler, (states, mask), rows, [(0, i) for i in rows], steps, scale,
-                                 lambda x_t: bar.update(len(x_t)))
+            return sampling.draw(unet, guide, scheduler, (states, mask), rows, [(0, i) for i in rows],
+                                 flags["caption_cut"], steps, scale, lambda x_t: bar.update(len(x_t)))
 
     print(f"epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 60:.0f} minutes of training steps")
     with autocast(device):

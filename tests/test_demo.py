@@ -34,7 +34,7 @@ def draw(trained, prompts, guidance_scale, seed=0):
     unet, guide, encoder = trained
     rows = list(range(len(prompts)))
     pictures = sample_diffusion.draw(unet, guide, NoiseScheduler(), encoder([*prompts, ""]), rows,
-                                     [(seed, i) for i in rows], guidance_scale=guidance_scale)
+                                     [(seed, i) for i in rows], 0, guidance_scale=guidance_scale)
     return pictures.permute(0, 2, 3, 1).numpy()
 
 

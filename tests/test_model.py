@@ -226,12 +226,13 @@ def test_the_times_run_from_pure_noise_towards_zero(scheduler):
         assert times == sorted(set(times), reverse=True)
 
 
-def draw(scheduler, network, B=2, L=3, size=32, dim=24, steps=10, guidance_scale=2, on_step=None, guide=None):
+def draw(scheduler, network, B=2, L=3, size=32, dim=24, steps=10, guidance_scale=2, on_step=None, guide=None,
+         caption_cut=0.5):
     text = torch.randn(B, L, dim, generator=generator_for(1)), torch.ones(B, L, dtype=torch.bool)
     empty = torch.zeros(B, L, dim), torch.tensor([[True] + [False] * (L - 1)] * B)
     noise = torch.randn(B, 3, size, size, generator=generator_for(2))
     return scheduler.sample(network, guide or network, noise, text, empty, [generator_for(3, i) for i in range(B)],
-                            steps, guidance_scale, on_step)
+                            steps, guidance_scale, caption_cut, on_step)
 
 
 def wavy(x, t, context, mask):
@@ -278,16 +279,28 @@ def test_guidance_scale_1_asks_for_the_caption_alone(scheduler):
     assert len(asked) == 3 and all(torch.equal(context, text) and mask.all() for context, mask in asked)
 
 
-def test_guided_pictures_begin_without_the_caption_and_the_guide_never_has_it(scheduler):
-    asked, guide_asked = {}, {}
+@pytest.mark.parametrize("share, kept", [(0, [1, 1]), (0.4, [2, 1]), (0.41, [3, 1]), (1, [5, 2]), (3, [5, 2])])
+def test_the_first_tokens_of_a_caption(share, kept):
+    mask = torch.arange(6) < torch.tensor([[5], [2]])
+    expected = (torch.arange(6) < torch.tensor(kept)[:, None]).tolist()
+    assert model.first_tokens(mask, share).tolist() == expected
+    assert model.first_tokens(mask, torch.tensor([[share], [share]])).tolist() == expected  # a share for each
+
+
+@pytest.mark.parametrize("caption_cut", [0, 0.5])
+def test_the_caption_comes_word_by_word_if_it_was_so_trained_and_the_guide_never_has_it(scheduler, caption_cut):
+    asked, guide_asked, whole = {}, {}, 2 * [[True] * 5]
 
     def asks(t, mask, by):
-        by[int(t[0])] = mask.all(dim=1).tolist()
+        by[int(t[0])] = mask.tolist()
         return torch.zeros(2, 3, 32, 32)
-    draw(scheduler, lambda x, t, context, mask: asks(t, mask, asked), steps=1000, guidance_scale=3.0,
-         guide=lambda x, t, context, mask: asks(t, mask, guide_asked))
-    assert asked == {t: [t < 900] * 2 for t in range(1000)}
-    assert guide_asked == {t: [False, False] for t in range(50, 900)}
+    draw(scheduler, lambda x, t, context, mask: asks(t, mask, asked), L=5, steps=1000, guidance_scale=3.0,
+         caption_cut=caption_cut, guide=lambda x, t, context, mask: asks(t, mask, guide_asked))
+    assert all(asked[t] == whole for t in range(1000) if caption_cut == 0 or t <= 666)
+    if caption_cut:
+        tokens = {999: 1, 933: 2, 930: 2, 867: 2, 866: 3, 800: 3, 799: 4, 733: 5, 734: 4}  # of 15 (1 - t / 1000), up
+        assert {t: asked[t] for t in tokens} == {t: 2 * [[i < n for i in range(5)]] for t, n in tokens.items()}
+    assert guide_asked == {t: 2 * [[True] + [False] * 4] for t in range(50, 1000)}
 
 
 def test_guided_pictures_are_those_of_the_network_that_guidance_makes(scheduler):
@@ -300,7 +313,7 @@ def test_guided_pictures_are_those_of_the_network_that_guidance_makes(scheduler)
         return 0.2 * wavy(x, t, None, None)
 
     def guided(x, t, context, mask):  # CFG Eq. 6: 0.2 + 2.5 (0.3 - 0.2)
-        return wavy(x, t, None, None) * torch.where((t >= 50) & (t < 900), 0.45, 0.3)[:, None, None, None]
+        return wavy(x, t, None, None) * torch.where(t >= 50, 0.45, 0.3)[:, None, None, None]
     found = draw(scheduler, network, steps=5, guidance_scale=2.5, on_step=seen.append, guide=guide)
     expected = draw(scheduler, guided, steps=5, guidance_scale=1)
     assert (found - expected).abs().max() < 1e-5

@@ -44,6 +44,11 @@ def pictures(folder, encoder):
     return load(folder, encoder)
 
 
+def twenty(pictures):
+    """All of the folder's pictures with their own captions."""
+    return pictures.batch(list(range(20)), list(range(20)))
+
+
 def numbers(tree):
     """A checkpoint's nested values -> the same with every tensor as bytes, so that == compares bit for bit."""
     if isinstance(tree, dict):
@@ -70,7 +75,7 @@ class Enough(Exception):
 def main(small, monkeypatch):
     """main(*flags) -> train_diffusion.main in this process, small, watched, and with nothing drawn."""
     loss = train.diffusion_loss
-    monkeypatch.setattr(train, "draw", lambda unet, guide, scheduler, text, rows, seeds:
+    monkeypatch.setattr(train, "draw", lambda unet, guide, scheduler, text, rows, seeds, cut:
                         torch.zeros(len(rows), 3, 16, 16, dtype=torch.uint8))
     monkeypatch.setattr(train, "loss_curve", lambda rows: SimpleNamespace(savefig=lambda file: file.write(b"a curve")))
 
@@ -119,10 +124,10 @@ def test_three_layouts_give_the_same_pictures(folder, encoder, tmp_path):
     datasets.Dataset.from_dict(table).cast_column("image", datasets.Image()).to_parquet(parquet / "train-0.parquet")
     found = [load(path, encoder) for path in (folder, texts, parquet)]
     order = [sorted(range(20), key=lambda i: pictures.pixels[i].tolist()) for pictures in found]
-    first = found[0].batch(order[0])
+    first = found[0].batch(order[0], order[0])
     assert first[0].shape == (20, 3, 16, 16) and first[0].min() >= -1 and first[0].max() <= 1
     for pictures, rows in zip(found[1:], order[1:]):
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pictures.batch(rows), first))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pictures.batch(rows, rows), first))
 
 
 def encoded(picture, **options):
@@ -212,7 +217,7 @@ def test_pictures_and_captions_stay_in_memory_and_have_a_fingerprint(folder, enc
     shutil.copytree(folder, copy)
     first, second = load(folder, encoder), load(copy, encoder)
     shutil.rmtree(copy)
-    assert all(torch.equal(a, b) for a, b in zip(first.batch(list(range(20))), second.batch(list(range(20)))))
+    assert all(torch.equal(a, b) for a, b in zip(twenty(first), twenty(second)))
     assert first.states.shape[1] == encoder(first_captions(folder))[0].shape[1]  # trimmed to the longest, not 77
     assert first.fingerprint == second.fingerprint
     rows = train.read_rows(args_for(folder))
@@ -230,7 +235,7 @@ def test_states_are_those_of_the_encoder(folder, encoder, pictures):
     captions = dict(zip([f"{i}.png" for i in range(20)], first_captions(folder)))
     names = [Path(picture).name for _, picture, _ in train.read_rows(args_for(folder))]
     states, mask = encoder([captions[name] for name in names])
-    _, found, found_mask = pictures.batch(list(range(20)))
+    _, found, found_mask = twenty(pictures)
     assert torch.equal(found_mask, mask)
     assert torch.allclose(found[mask], states[mask], atol=1e-4)
 
@@ -251,7 +256,7 @@ def test_a_tenth_is_held_out_by_the_seed_and_no_picture_is_on_both_sides(encoder
 # ---------------------------------------------------------------------------------------------- loss
 
 def test_a_training_batch_is_mirrored_at_most_and_loses_some_captions(pictures, scheduler):
-    x_0, states, mask = pictures.batch(list(range(20)))
+    x_0, states, mask = twenty(pictures)
     mirrored = dropped = whole = total = 0
     for step in range(50):
         x, s, m, t, noise = train.training_batch(pictures, list(range(20)), scheduler, 0.5, generator_for(step))
@@ -343,7 +348,7 @@ def test_the_network_sees_captions_by_what_they_differ_in(main, pictures):
     with pytest.raises(Enough):
         main(look=look)
     training, _ = pictures.split(0)
-    _, states, mask = pictures.batch(training)
+    _, states, mask = pictures.batch(training, training)
     networks[0].middle.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2]))
     networks[0](torch.zeros(18, 3, 16, 16), torch.zeros(18, dtype=torch.long), states, mask)
     dim = states.shape[-1]
@@ -422,7 +427,7 @@ def test_every_step_has_its_own_noise_and_a_repeated_run_has_the_same(main):
 def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(main, pictures):
     def which(x_0):
         """The number of a picture, mirrored or not."""
-        found = [i for i, one in enumerate(pictures.batch(list(range(20)))[0])
+        found = [i for i, one in enumerate(twenty(pictures)[0])
                  if torch.equal(one, x_0) or torch.equal(one.flip(-1), x_0)]
         assert len(found) == 1
         return found[0]
