@@ -20,7 +20,7 @@ def test_links_into_the_code_name_what_is_defined_there(name):
 
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_that_is_named_is_there(name, capsys):
-    there = set()
+    there = {"--nproc-per-node"}                                            # torchrun's
     for script in (train_diffusion, sample_diffusion):
         with pytest.raises(SystemExit):
             script.parse_args(["--help"])
