@@ -21,6 +21,7 @@ DEMO = ["a red creature with a blue tail", "a blue creature with an orange tail 
         "a green creature with a purple tail and pink wings", "a yellow creature with a purple tail"]
 VIDEO = ["a cartoon pikachu with big eyes and big ears", "a red pokemon with a red fire tail",
          "a green bird with a red tail and a black nose"]
+TRAINED_ON = ["a cartoon pikachu, a yellow animal on four legs", "a cartoon natu, a green bird with two wings"]
 PROGRESS = ["a water type pokemon", "a dragon character with tail"]
 WORDED = ["a red fire type pokemon, an animal on four legs",
           "a blue water type pokemon, a standing pokemon with a tail",
@@ -64,6 +65,7 @@ def main():
         make(args.pokemon, HERE / "guidance_scales.png", WORDED[0], "--num-images", "6", "--guidance-scale",
              *"1 1.5 2 3 5".split())
         make(args.pokemon, HERE / "pokemon_samples.png", *WORDED, "--num-images", "6")
+        make(args.pokemon, HERE / "training_captions.png", *TRAINED_ON, "--num-images", "6")
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
     if args.over_time:
         with tempfile.TemporaryDirectory() as folder:
