@@ -20,7 +20,7 @@ from model import (NoiseScheduler, TextEncoder, UNet, UserError, ask_hub, autoca
                    number, pick_device, prompt, run, to_uint8, user_errors, write_atomically)
 
 FORMAT = "text-to-image-diffusion-6"  # marks a checkpoint as ours, and its version
-STEPS = 50                            # denoising steps of a picture; 25 leave more new prompts in pieces
+STEPS = 50                            # denoising steps of a picture; in 25, new prompts are laid out less well
 GUIDANCE_SCALE = 2                    # weight of the prompt; 1 is plain conditional sampling
 BATCH = 16                            # pictures drawn at once
 SHEET_SIZE = 128                      # smaller pictures are shown about this large on a sheet, in pixels
