@@ -1,49 +1,73 @@
-"""Make the pictures of this folder from the runs of train_diffusion.py, by sample_diffusion.py's own command line.
+"""Make the pictures of this folder from the runs of train_diffusion.py. Each sheet says what its rows are.
 
     python diffusion_results/make.py --demo output/demo --pokemon output/pokemon-blip-captions-en-zh
+
+The pictures are those that sample_diffusion.py draws with the same prompts, steps and guidance scale.
 """
 import argparse
 import shutil
 import sys
-import tempfile
+from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import sample_diffusion as sampling  # noqa: E402
+from model import NoiseScheduler, TextEncoder, UNet, autocast, pick_device, place, to_uint8  # noqa: E402
 
 DEMO = ["a red creature with a blue tail", "a blue creature with an orange tail and round yellow ears",
         "a green creature with a purple tail and pink wings", "a yellow creature with a purple tail"]
 VIDEO = ["a cartoon pikachu with big eyes and big ears", "a red pokemon with a red fire tail",
          "a green bird with a red tail and a black nose"]
-TRAINED_ON = ["a cartoon pikachu, a yellow animal on four legs", "a cartoon natu, a green bird with two wings"]
 PROGRESS = ["a water type pokemon", "a dragon character with tail"]
-WORDED = ["a red fire type pokemon, an animal on four legs",
-          "a blue water type pokemon, a standing pokemon with a tail",
-          "a green bug type pokemon, a bug with a hard shell", "a purple poison type pokemon, a blob with a wide base",
-          "a yellow electric type pokemon, an animal on four legs", "a pink fairy type pokemon, a humanoid pokemon"]
+SAMPLES = ["a blue rabbit with a yellow belly", "a drawing of a green dragon with wings",
+           "a yellow bird with a long tail", "a purple ghost with red eyes", "a cartoon orange fish with big eyes",
+           "a black bat with red wings"]                                        # none of them is a caption
 
 
-def make(checkpoint, path, *arguments):
-    """Call the sampler on a checkpoint, or a run's own, and keep the sheet, or with --animate the .gif."""
-    checkpoint = checkpoint / "checkpoint.pt" if checkpoint.is_dir() else checkpoint
-    with tempfile.TemporaryDirectory() as folder:
-        sheet = Path(folder, "sheet.png")
-        sampling.main([*arguments, "--checkpoint", str(checkpoint), "--output", str(sheet)])
-        shutil.copy(sheet.with_suffix(path.suffix), path)
+@cache
+def load(path):
+    """A checkpoint, or the folder of a run -> its network, scheduler, text encoder, and 'epoch N, M minutes'."""
+    saved = sampling.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
+    device = pick_device("auto")
+    unet = place(UNet(**saved["config"]).eval(), device)
+    unet.load_state_dict(saved["ema"])
+    trained = f"epoch {saved['epoch']}, {saved['seconds'] / 60:.0f} minutes"
+    return unet, NoiseScheduler().to(device), TextEncoder(saved["text_encoder"]), trained
 
 
-def below(paths, path):
-    """One picture of several sheets, one below the other."""
-    Image.fromarray(np.concatenate([np.asarray(Image.open(sheet).convert("RGB")) for sheet in paths])).save(path)
+def draw(path, prompts, count=6, **options):
+    """`count` pictures of each of P prompts, all from the same noise: uint8 (P * count, 3, S, S)."""
+    unet, scheduler, encoder, _ = load(path)
+    amp = autocast(scheduler.sqrt_alpha_bar.device, "auto")
+    rows = [i for i in range(len(prompts)) for _ in range(count)]
+    seeds = [(0, n) for n in range(count)] * len(prompts)
+    return sampling.draw(unet, scheduler, encoder([*prompts, ""]), rows, seeds, amp, **options)
+
+
+def save_sheet(name, rows):
+    """{label: the pictures of its row} -> a file of this folder."""
+    sampling.contact_sheet(list(rows), torch.cat(list(rows.values()))).save(HERE / name)
+
+
+def animate(path, prompts, name):
+    """A .gif of a picture for each prompt, side by side, while they come out of the noise."""
+    frames = []
+
+    def on_step(number, x_t):
+        """Keep the sheet of each step."""
+        frames.append(sampling.contact_sheet([f"step {number + 1} of {sampling.STEPS}"], to_uint8(x_t).cpu()))
+    draw(path, prompts, count=1, on_step=on_step)
+    shown = torch.linspace(0, len(frames) - 1, sampling.FRAMES).round().int().tolist()
+    first, *others = [frames[i] for i in shown]
+    milliseconds = [100] * len(others) + [2500]
+    first.save(HERE / name, save_all=True, append_images=others, loop=0, duration=milliseconds)
 
 
 def main():
+    """Make the pictures of the runs that are named."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--demo", type=Path, help="a run with --demo, on whose checkpoint tests/quality.py was called")
     parser.add_argument("--pokemon", type=Path, help="a run on the pokemon drawings")
@@ -51,37 +75,24 @@ def main():
                         help="checkpoints of it kept on the way, the earliest first: over_time.png, progress.png")
     args = parser.parse_args()
     if args.demo:
-        make(args.demo, HERE / "demo_samples.png", *DEMO, "--num-images", "6")
-        make(args.demo, HERE / "demo_noise.gif", *DEMO, "--animate")
-        with tempfile.TemporaryDirectory() as folder:
-            sheets = [Path(folder, f"{steps}.png") for steps in (5, 10, 25, 50, 1000)]
-            for sheet in sheets:
-                make(args.demo, sheet, DEMO[2], "--num-images", "6", "--steps", sheet.stem)
-            below(sheets, HERE / "demo_steps.png")
+        save_sheet("demo_samples.png", {prompt: draw(args.demo, [prompt]) for prompt in DEMO})
+        save_sheet("demo_steps.png", {f"{steps} steps: {DEMO[2]}": draw(args.demo, [DEMO[2]], steps=steps)
+                                      for steps in (5, 10, 25, 50, 1000)})
+        animate(args.demo, DEMO, "demo_noise.gif")
         shutil.copy(args.demo / "nearest.png", HERE / "demo_nearest.png")
     if args.pokemon:
-        make(args.pokemon, HERE / "plain_and_guided.png", *VIDEO, "--num-images", "6", "--guidance-scale", "1",
-             str(sampling.GUIDANCE_SCALE))
-        make(args.pokemon, HERE / "guidance_scales.png", WORDED[0], "--num-images", "6", "--guidance-scale",
-             *"1 1.5 2 3 5".split())
-        make(args.pokemon, HERE / "pokemon_samples.png", *WORDED, "--num-images", "6")
-        make(args.pokemon, HERE / "training_captions.png", *TRAINED_ON, "--num-images", "6")
+        for name, prompts, scales in (("plain_and_guided.png", VIDEO, [1, sampling.GUIDANCE_SCALE]),
+                                      ("guidance_scales.png", SAMPLES[:1], [1, 1.5, 2, 3, 5])):
+            save_sheet(name, {f"guidance {scale:g}: {prompt}": draw(args.pokemon, [prompt], guidance_scale=scale)
+                              for prompt in prompts for scale in scales})
+        save_sheet("pokemon_samples.png", {prompt: draw(args.pokemon, [prompt]) for prompt in SAMPLES})
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
     if args.over_time:
-        with tempfile.TemporaryDirectory() as folder:
-            sheets = [Path(folder, f"{i}.png") for i in range(3)]
-            for sheet, i in zip(sheets, np.linspace(0, len(args.over_time) - 1, 3)):
-                make(args.over_time[round(i)], sheet, *PROGRESS, "--num-images", "6")
-            below(sheets, HERE / "progress.png")
-        labels, rows = [], []
-        for checkpoint in args.over_time:
-            with tempfile.TemporaryDirectory() as folder:
-                sampling.main([WORDED[0], VIDEO[2], "--num-images", "3", "--checkpoint", str(checkpoint), "--output",
-                               str(Path(folder, "row.png"))])
-                pictures = [pil_to_tensor(Image.open(file)) for file in sorted(Path(folder).glob("row_*.png"))]
-            labels.append(f"epoch {sampling.load_checkpoint(checkpoint)['epoch']}")
-            rows += pictures
-        sampling.contact_sheet(labels, torch.stack(rows)).save(HERE / "over_time.png")
+        chosen = [args.over_time[round(i * (len(args.over_time) - 1) / 2)] for i in range(3)]
+        save_sheet("progress.png", {f"{load(path)[-1]}: {prompt}": draw(path, [prompt])
+                                    for path in dict.fromkeys(chosen) for prompt in PROGRESS})
+        save_sheet("over_time.png", {f"{load(path)[-1]}: {SAMPLES[0]}, {VIDEO[2]}":
+                                     draw(path, [SAMPLES[0], VIDEO[2]], count=3) for path in args.over_time})
 
 
 if __name__ == "__main__":

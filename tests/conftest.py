@@ -1,6 +1,7 @@
 """Shared by the tests: no network, the three scripts importable, small folders of pictures, one demo run."""
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ import torch  # noqa: E402
 from model import NoiseScheduler, TextEncoder, UNet  # noqa: E402
 
 TINY_CLIP = str(ROOT / "examples" / "tiny_clip")
+HANDLERS = {getattr(signal, name): signal.getsignal(getattr(signal, name))
+            for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
 def run(script, *args, cwd, timeout=600, preexec_fn=None, **environment):
@@ -34,13 +37,23 @@ def says_one_line(done, *words, code=1):
     return True
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """A test that trains in this process leaves Ctrl-C to pytest afterwards."""
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def scheduler():
+    """The noise schedule of 1,000 timesteps."""
     return NoiseScheduler()
 
 
 @pytest.fixture(scope="session")
 def encoder():
+    """The tiny CLIP of examples/."""
     return TextEncoder(TINY_CLIP)
 
 

@@ -20,8 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import eyes  # noqa: E402
 import sample_diffusion as sampling  # noqa: E402
 import train_diffusion as train  # noqa: E402
-from model import (NoiseScheduler, TextEncoder, UNet, UserError, autocast, pick_device, run,  # noqa: E402
-                   write_atomically)
+from model import (NO_CAPTION, NoiseScheduler, TextEncoder, UNet, UserError, autocast, pick_device,  # noqa: E402
+                   place)
 
 HUES = dict(red=0, yellow=60, green=120, blue=240)  # degrees, of the colour words
 COPY = 1 / 3  # nearest training picture nearer than this share of the second nearest: a copy (2310.02664)
@@ -84,6 +84,7 @@ def share_of_colours(pictures, words):
 
 
 def main():
+    """Print all figures of a checkpoint, and write nearest.png beside it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--dataset", help="where the drawings lie now; if not given, where they lay in training")
@@ -92,34 +93,37 @@ def main():
     parser.add_argument("--scale", type=float, nargs="+", default=[sampling.GUIDANCE_SCALE, 1.0])
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device, checkpoint = pick_device(args.device), sampling.load_checkpoint(args.checkpoint)
-    flags = checkpoint["flags"]
-    unet, guide = (UNet(**checkpoint["config"]).to(device).eval() for _ in range(2))
+    device = pick_device(args.device)
+    amp = autocast(device, "auto")
+    checkpoint = sampling.load_checkpoint(args.checkpoint)
+    unet = place(UNet(**checkpoint["config"]).eval(), device)
     unet.load_state_dict(checkpoint["ema"])
-    guide.load_state_dict(checkpoint["guide"])
-    scheduler, encoder = NoiseScheduler(checkpoint["num_timesteps"]).to(device), TextEncoder(flags["text_encoder"])
+    scheduler = NoiseScheduler().to(device)
+    encoder = TextEncoder(checkpoint["text_encoder"])
     rows = train.read_rows(train.parse_args(["--dataset", args.dataset or checkpoint["dataset"]]))
-    pictures = train.Pictures(rows, flags["image_size"], encoder)
+    size, seed = unet.config["image_size"], checkpoint["settings"]["seed"]
+    pictures = train.Pictures(rows, size, encoder)
     if pictures.fingerprint != checkpoint["fingerprint"]:
         raise UserError(f"--dataset: these are not the pictures that {args.checkpoint} was trained on")
-    training, held_out = pictures.split(flags["seed"])
-    count = args.count or (128 if flags["image_size"] <= 32 else 64)
+    training, held_out = pictures.split(seed)
+    count = args.count or (128 if size <= 32 else 64)
     chosen = ((held_out + training) * count)[:count]           # their captions; the held-out ones first
+    _, *chosen_text = pictures.batch([0] * (count + 1), [*chosen, NO_CAPTION])
 
-    def draw(states, mask, steps, scale):
-        """One picture for each row of states but the last, the empty caption's; with a progress bar."""
-        rows = list(range(len(states) - 1))
+    def draw(text, steps, scale):
+        """One picture for each row of (states, mask) but the last, the empty caption's; with a progress bar."""
+        rows = list(range(len(text[0]) - 1))
         with tqdm(total=len(rows) * steps, leave=False, unit=" picture steps") as bar:
-            return sampling.draw(unet, guide, scheduler, (states, mask), rows, [(0, i) for i in rows],
-                                 flags["caption_cut"], steps, scale, lambda x_t: bar.update(len(x_t)))
+            return sampling.draw(unet, scheduler, text, rows, [(0, i) for i in rows], amp, steps, scale,
+                                 lambda number, x_t: bar.update(len(x_t)))
 
     print(f"epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 60:.0f} minutes of training steps")
-    with autocast(device):
-        losses = train.validate(unet, scheduler, pictures, held_out, 16, flags["seed"])
+    with amp:
+        losses = train.validate(unet, scheduler, pictures, held_out, 16, seed)
     print("held-out loss: right caption {:.5f}, shuffled {:.5f}, none {:.5f}".format(*losses))
     number, _ = copies(pictures.pixels[held_out], pictures.pixels[training])
     print(f"held-out drawings that would count as copies: {number} of {len(held_out)}")
-    captions = [str(caption) for _, _, caption in rows]
+    captions = pictures.captions
     is_demo = Path(checkpoint["dataset"]).name == "creatures"
 
     def report(name, drawn, texts):
@@ -138,13 +142,13 @@ def main():
         words = [re.findall("|".join(HUES), caption) for caption in captions]
         of_one = [i for i, found in enumerate(words) if len(found) == 1]
         asked = [word for word in HUES for _ in range(32)]
-        states, mask = encoder([*(f"a {word} pokemon" for word in asked), ""])
+        text = encoder([*(f"a {word} pokemon" for word in asked), ""])
         print("colour words: {:.3f} of 4 x 32 samples, {:.3f} of the drawings whose caption has one of them".format(
-            share_of_colours(draw(states, mask, args.steps[0], args.scale[0]), asked),
+            share_of_colours(draw(text, args.steps[0], args.scale[0]), asked),
             share_of_colours(pictures.pixels[of_one], [words[i][0] for i in of_one])), flush=True)
     for steps in args.steps:
         for scale in args.scale:
-            drawn = draw(pictures.states[[*chosen, -1]], pictures.mask[[*chosen, -1]], steps, scale)
+            drawn = draw(chosen_text, steps, scale)
             report(f"{count} samples, {steps} steps, guidance {scale:g}", drawn, [captions[i] for i in chosen])
             number, nearest = copies(drawn, pictures.pixels[training])
             print(f"    copies {number}", end="")
@@ -155,8 +159,8 @@ def main():
             if (steps, scale) == (args.steps[0], args.scale[0]):
                 sheet = sampling.contact_sheet(["samples", "the training picture nearest to each"], torch.cat([
                     drawn[:12], pictures.pixels[training][nearest[:12]]]))
-                write_atomically(args.checkpoint.with_name("nearest.png"), sheet.save)
+                sampling.write_atomically(args.checkpoint.with_name("nearest.png"), sheet.save)
 
 
 if __name__ == "__main__":
-    run(main)
+    sampling.run(main)

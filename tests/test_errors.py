@@ -2,7 +2,6 @@
 import io
 import json
 import shutil
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -43,30 +42,18 @@ def sample(tmp_path, capfd, monkeypatch):
     return lambda *flags: call(sample_diffusion.main, capfd, flags)
 
 
-@pytest.fixture
-def silent_hub():
-    """The address of a server that takes connections and never answers."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen(50)
-        yield "http://127.0.0.1:%d" % server.getsockname()[1]
-
-
-@pytest.mark.parametrize("answer", ["refuses", "is silent"])
-def test_no_hub(silent_hub, answer, tmp_path):
-    endpoint = silent_hub if answer == "is silent" else "http://127.0.0.1:9"
-    for flags in ([], ["--text-encoder", TINY_CLIP]) if answer == "refuses" else ([],):
-        done = run("train_diffusion.py", *flags, cwd=tmp_path, HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0",
-                   HF_HOME=str(tmp_path / "home"), timeout=60)
-        name = "svjack/pokemon-blip-captions-en-zh" if flags else "openai/clip-vit-base-patch32"
-        assert says_one_line(done, name, endpoint, "HF_ENDPOINT", "local folder", "--demo")
-        assert not (tmp_path / "output").exists()
+@pytest.mark.parametrize("flags, name", [([], "openai/clip-vit-base-patch32"),
+                                         (["--text-encoder", TINY_CLIP], "svjack/pokemon-blip-captions-en-zh")])
+def test_what_is_on_the_hub_alone_without_the_hub(flags, name, tmp_path):
+    done = run("train_diffusion.py", *flags, cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
+    assert says_one_line(done, "error: ", name, "HF_ENDPOINT", "local folder", "--demo")
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize("flags", [("--epochs", "0"), ("--epochs", "x"), ("--lr", "0"), ("--lr", "nan"),
                                    ("--batch-size", "-1"), ("--image-size", "60"), ("--image-size", "4096"),
-                                   ("--channels", "20"), ("--seed", "-1"), ("--precision", "fp8"), ("--prompts",),
-                                   ("--nonsense",), ("--sample-every", "0"), ("--save-every", "1.5")])
+                                   ("--channels", "48"), ("--seed", "-1"), ("--precision", "fp8"), ("--prompts",),
+                                   ("--nonsense",), ("--sample-every", "1.5"), ("--caption-cut", "1.1")])
 def test_a_flag_out_of_range(train, flags):
     assert says_one_line(train(*flags), flags[0], code=2)
 
@@ -165,28 +152,32 @@ def test_a_parquet_file_that_is_none(train, tmp_path):
 
 
 def save_odd_pictures(path):
-    """Pictures of every kind that can be used, in a folder, each with its caption beside it."""
+    """Pictures of every kind that can be used, in a folder, each with its caption beside it, no two of them alike."""
     path.mkdir()
-    red = Image.new("RGB", (20, 30), "red")
+    shades = iter(range(0, 255, 12))
+
+    def red(mode="RGB", size=(20, 30)):
+        shade = next(shades)
+        return Image.new("RGB", size, (255, shade, shade)).convert(mode)
     frames = dict(save_all=True, append_images=[Image.new("RGB", (20, 30), "blue")])
-    red.save(path / "animated.gif", **frames)
-    red.save(path / "animated.webp", **frames)
-    red.save(path / "animated.png", **frames)
-    red.save(path / "wrong suffix.jpg", format="PNG")
-    red.save(path / "UPPER.JPEG")
-    red.convert("CMYK").save(path / "cmyk.jpg")
-    red.convert("L").save(path / "grey.bmp")
-    red.convert("1").save(path / "bits.tif")
-    red.convert("P").save(path / "palette.png")
-    red.convert("LA").save(path / "transparent.png")
-    red.convert("I;16").save(path / "16 bit.png")
-    red.resize((1, 1)).save(path / "one pixel.png")
-    red.resize((3000, 2)).save(path / "long.png")
-    red.resize((6000, 4000)).save(path / "large.jpg")
-    red.save(path / "a name with spaces, 100% & more.png")
-    red.save(path / "Bisasam \u5999\u86d9\u79cd\u5b50 \U0001f438.png")
+    red().save(path / "animated.gif", **frames)
+    red().save(path / "animated.webp", **frames)
+    red().save(path / "animated.png", **frames)
+    red().save(path / "wrong suffix.jpg", format="PNG")
+    red().save(path / "UPPER.JPEG")
+    red("CMYK").save(path / "cmyk.jpg")
+    red("L").save(path / "grey.bmp")
+    red("1").save(path / "bits.tif")
+    red("P").save(path / "palette.png")
+    red("LA").save(path / "transparent.png")
+    red("I;16").save(path / "16 bit.png")
+    red(size=(1, 1)).save(path / "one pixel.png")
+    red(size=(3000, 2)).save(path / "long.png")
+    red(size=(6000, 4000)).save(path / "large.jpg")
+    red().save(path / "a name with spaces, 100% & more.png")
+    red().save(path / "Bisasam \u5999\u86d9\u79cd\u5b50 \U0001f438.png")
     (path / "sub folder").mkdir()
-    red.save(path / "sub folder" / "in a folder.png")
+    red().save(path / "sub folder" / "in a folder.png")
     captions = ["a red thing", "\u7ea2\u8272\u7684", "word " * 10_000, "\U0001f438" * 50, "a\nb\tc", "\0",
                 "<|endoftext|>"]
     pictures = sorted(file for file in path.rglob("*") if file.is_file())
@@ -203,7 +194,7 @@ def test_pictures_and_captions_of_every_usable_kind_are_trained_on(tmp_path):
                cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"{len(pictures) - 2} pictures to train on, 2 held out" in done.stdout
-    assert done.stderr.count("captions over") == 1 and "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 class Evil:
@@ -256,20 +247,20 @@ def of_another_version(kind, saved):
 
 
 @pytest.mark.parametrize("kind", ["format", "new key", "wrong width", "config of another kind", "weight missing",
-                                  "weight of another shape", "ema", "guide", "config", "flags", "num_timesteps"])
+                                  "weight of another shape", "ema", "config", "text_encoder", "dataset", "epoch"])
 def test_a_checkpoint_of_another_version(sample, checkpoint, tmp_path, kind):
     torch.save(of_another_version(kind, checkpoint()), tmp_path / "other.pt")
     assert says_one_line(sample("a cat", "--checkpoint", tmp_path / "other.pt"), tmp_path / "other.pt")
     assert [file.name for file in tmp_path.iterdir()] == ["other.pt"]
 
 
-@pytest.mark.parametrize("kind", ["format", "weight missing", "weight of another shape", "model", "flags", "optimizers",
-                                  "ema", "guide", "fingerprint", "step", "log"])
+@pytest.mark.parametrize("kind", ["format", "weight missing", "weight of another shape", "model", "optimizers", "ema",
+                                  "fingerprint", "epoch", "batch", "loss_sum", "seconds", "log"])
 def test_resuming_from_a_checkpoint_of_another_version(checkpoint, capfd, tmp_path, kind):
     torch.save(of_another_version(kind, checkpoint()), tmp_path / "checkpoint.pt")
     before = (tmp_path / "checkpoint.pt").read_bytes()
     done = call(train_diffusion.main, capfd, ["--demo", "--image-size", 16, "--channels", 32, "--batch-size", 128,
-                                              "--output-dir", tmp_path, "--resume"])
+                                              "--output-dir", tmp_path, "--epochs", 1, "--resume"])
     assert says_one_line(done, tmp_path / "checkpoint.pt")
     assert (tmp_path / "checkpoint.pt").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
@@ -291,13 +282,16 @@ def test_a_text_encoder_that_was_exchanged(sample, checkpoint, tmp_path):
     wider.hidden_size, wider.intermediate_size = 2 * wider.hidden_size, 2 * wider.intermediate_size
     CLIPTextModel(wider).save_pretrained(tmp_path / "clip")
     saved = checkpoint()
-    saved["flags"]["text_encoder"] = str(tmp_path / "clip")
+    saved["text_encoder"] = str(tmp_path / "clip")
     torch.save(saved, tmp_path / "other.pt")
     assert says_one_line(sample("a cat", "--checkpoint", tmp_path / "other.pt"), tmp_path / "clip", wider.hidden_size)
 
 
-def test_an_output_in_something_that_is_no_folder(sample, folder):
-    assert says_one_line(sample("a cat", "--output", folder / "0.png" / "a.png"), "--output", folder / "0.png")
+def test_an_output_in_something_that_is_no_folder(sample, checkpoint, folder, tmp_path):
+    torch.save(checkpoint(), tmp_path / "checkpoint.pt")
+    output = folder / "0.png" / "a.png"
+    assert says_one_line(sample("a cat", "--checkpoint", tmp_path / "checkpoint.pt", "--steps", 1, "--output", output),
+                         output, "could not be written")
 
 
 @pytest.mark.parametrize("flags, named", [(["a cat"], "output/*/checkpoint.pt"), (["a cat", "--device", "tpu"], "tpu")])
@@ -307,10 +301,6 @@ def test_the_sampler_without_a_checkpoint_or_a_device(sample, flags, named):
 
 @pytest.mark.parametrize("flags", [("--steps", "0"), ("--guidance-scale", "nan"), ("--num-images", "0"),
                                    ("--guidance-scale", "1", "-1"), ("--guidance-scale",), ("--compare",),
-                                   ("--output", "picture.txt"), ("--seed", "x")])
+                                   ("--seed", "x"), ("--precision", "fp8"), ("--steps", "1001")])
 def test_a_sampling_flag_out_of_range(sample, flags):
     assert says_one_line(sample("a cat", *flags), flags[0], code=2)
-
-
-def test_an_empty_prompt(sample):
-    assert says_one_line(sample(" "), "PROMPT", code=2)
