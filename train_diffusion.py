@@ -447,7 +447,7 @@ def main(argv=None):
                     losses.clear()
                     loss_sum = sum(read, loss_sum)
                     if not math.isfinite(loss_sum):
-                        raise UserError(f"the loss is not finite at step {step + 1}: try a lower --lr ({path} is kept)")
+                        raise UserError(f"the loss is not finite at step {step + 1}: try a lower --lr ({out} is kept)")
                     bar.set_postfix(epoch=epoch + 1, loss=f"{read[-1]:.4f}", refresh=False)
                     if stop or time.monotonic() - saved_at > SAVE_SECONDS:
                         save(epoch, i + 1)

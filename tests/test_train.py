@@ -881,14 +881,14 @@ def shifted(clip):
     return clip
 
 
-@pytest.mark.parametrize("change, named", [(shifted, "text-encoder"), (wider, "checkpoint.pt")])
-def test_a_run_does_not_go_on_with_another_text_encoder(main, trained, tmp_path, change, named):
+@pytest.mark.parametrize("change", [shifted, wider])
+def test_a_run_does_not_go_on_with_another_text_encoder(main, trained, tmp_path, change):
     from transformers import CLIPTextModel
     shutil.copytree(trained, tmp_path / "run")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     shutil.copytree(TINY_CLIP, tmp_path / "clip")
     change(CLIPTextModel.from_pretrained(TINY_CLIP)).save_pretrained(tmp_path / "clip")
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match="--resume: .*--text-encoder"):
         main("--epochs", 2, "--resume", "--text-encoder", tmp_path / "clip")
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
