@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from model import (DOWNSAMPLING, HEAD_DIM, NO_CAPTION, NoiseScheduler, TextEncoder, UNet, UserError, autocast,
                    generator_for, pick_device, place, user_errors)
-from sample_diffusion import FORMAT, contact_sheet, draw, load_checkpoint, number, prompt, run, say, write_atomically
+from sample_diffusion import (FORMAT, GUIDANCE_SCALE, STEPS, contact_sheet, draw, load_checkpoint, number, png_text,
+                              prompt, run, say, write_atomically)
 
 CAPTION_DROPOUT = 0.1    # probability that a caption is dropped in training: 'no caption' is learned too (CFG)
 L1_WEIGHT = 5            # weight of the absolute error at low noise
@@ -40,7 +41,7 @@ NEWTON_SCHULZ_STEPS = 5  # in Muon; with 2, samples are clearly worse
 CLIP_NORM = 1.0          # longer gradients are scaled down to this norm
 MAX_HELD_OUT = 32        # pictures that are never trained on; of fewer than 320, a tenth
 SAMPLES = 6              # pictures of each prompt on a sample sheet
-READ_EVERY = 10          # steps between readings of the loss: each waits for the device
+READ_EVERY = 10          # steps between readings of the loss: each waits for the device to have done its steps
 SETTINGS = ("image_size", "channels", "batch_size", "lr", "caption_cut", "seed")  # of a run: --resume keeps them
 SAVE_SECONDS = 600       # between checkpoints
 CAPTION_COLUMNS = ("en_text", "text", "caption")  # looked for in this order; en_text is the pokemon drawings'
@@ -93,17 +94,16 @@ def validate(unet, scheduler, pictures, held_out, batch_size, seed):
 
     Each picture always has the same noise and timestep, so that the numbers of two epochs can be compared.
     """
-    indices = torch.tensor(held_out)
-    n, device = len(indices), scheduler.sqrt_alpha_bar.device
+    n, device = len(held_out), scheduler.sqrt_alpha_bar.device
     t = 1 + ((torch.arange(n) + 0.5) / n * scheduler.num_timesteps).long()
     noise = torch.randn(n, *pictures.pixels.shape[1:], generator=generator_for(seed, "validation"))
     # Another picture's caption: the next one, wrapping round, that reads differently
-    candidates = [*held_out, *held_out, *range(len(pictures.captions))]
+    candidates = [*held_out.tolist() * 2, *range(len(pictures.captions))]
     others = torch.tensor([next((j for j in candidates[i:] if pictures.captions[j] != pictures.captions[row]), row)
-                           for i, row in enumerate(held_out)])
+                           for i, row in enumerate(held_out.tolist())])
     losses = []
-    for captions in (indices, others, torch.full_like(indices, NO_CAPTION)):
-        parts = zip(*(part.split(batch_size) for part in (*pictures.batch(indices, captions), t, noise)))
+    for captions in (held_out, others, torch.full_like(held_out, NO_CAPTION)):
+        parts = zip(*(part.split(batch_size) for part in (*pictures.batch(held_out, captions), t, noise)))
         losses.append(torch.cat([diffusion_loss(unet, scheduler, *(tensor.to(device) for tensor in part))
                                  for part in parts]).mean().item())
     return losses
@@ -198,11 +198,11 @@ class Pictures:
         return self.pixels[indices].float() / 127.5 - 1, self.states[tokens], mask
 
     def split(self, seed):
-        """Rows -> (training, held out), shuffled by the seed. All rows of one picture are on the same side."""
+        """Rows (training), (held out), shuffled by the seed. All rows of one picture are on the same side."""
         order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
         different = list(dict.fromkeys(self.hashes[i] for i in order))
         held_out = set(different[:min(MAX_HELD_OUT, max(1, round(len(different) / 10)))])
-        return ([i for i in order if self.hashes[i] not in held_out], [i for i in order if self.hashes[i] in held_out])
+        return [torch.tensor([i for i in order if (self.hashes[i] in held_out) == side]) for side in (False, True)]
 
 
 def decode(name, picture, size):
@@ -353,7 +353,7 @@ def main(argv=None):
     if os.path.exists(path) and not args.resume:
         raise UserError(f"{path} is there already: go on from it with --resume, or give another --output-dir")
     checkpoint = load_checkpoint(path) if args.resume else {}
-    vars(args).update(checkpoint.get("settings", {}))
+    vars(args).update(checkpoint["settings"] if checkpoint else {})
 
     # Pictures and captions, once; then free CLIP
     encoder = TextEncoder(args.text_encoder)
@@ -390,11 +390,11 @@ def main(argv=None):
 
     def save(epoch, batch):
         """Write checkpoint.pt, from which --resume goes on with this batch of this epoch."""
-        content = dict(format=FORMAT, config=unet.config, settings={name: getattr(args, name) for name in SETTINGS},
-                       dataset=args.dataset, text_encoder=args.text_encoder, fingerprint=pictures.fingerprint,
-                       epoch=epoch, batch=batch, loss_sum=loss_sum, seconds=seconds, log=log, model=unet.state_dict(),
-                       ema=ema.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
-        write_atomically(path, lambda file: torch.save(content, file))
+        state = dict(format=FORMAT, config=unet.config, settings={name: getattr(args, name) for name in SETTINGS},
+                     dataset=args.dataset, text_encoder=args.text_encoder, fingerprint=pictures.fingerprint,
+                     epoch=epoch, batch=batch, loss_sum=float(loss_sum), seconds=time.monotonic() - began, log=log,
+                     model=unet.state_dict(), ema=ema.state_dict(), optimizers=[one.state_dict() for one in optimizers])
+        write_atomically(path, lambda file: torch.save(state, file))
     signals = []                                                                # received
 
     def ask_to_stop(number, frame):
@@ -411,15 +411,13 @@ def main(argv=None):
         *[f"going on with epoch {first_epoch + 1}, whose end writes log.csv anew"] * bool(checkpoint))
     steps = args.epochs * batches
     peak = args.lr * (args.batch_size / 16) ** 0.5
-    losses = []                                                                 # on the device, not yet read
+    began = time.monotonic() - seconds                                          # as if the run had never stopped
     saved_at = time.monotonic()
     with tqdm(total=steps, initial=first_epoch * batches + first_batch, unit=" steps") as bar:
         for epoch in range(first_epoch, args.epochs):
             # All draws follow from the seed, the epoch and the batch alone: so they are the same after --resume
-            generator = generator_for(args.seed, "order", epoch)
-            order = torch.tensor(training)[torch.randperm(len(training), generator=generator)]
+            order = training[torch.randperm(len(training), generator=generator_for(args.seed, "order", epoch))]
             for i in range(first_batch, batches):
-                started = started if losses else time.perf_counter()
                 step = epoch * batches + i
 
                 # DDPM Algorithm 1
@@ -437,18 +435,14 @@ def main(argv=None):
                     optimizer.zero_grad()
                 update_ema(ema, unet, step)
 
-                # Now and then: read the losses, save; stop if asked to
-                losses.append(loss.detach() + 0 * norm)                         # not finite if either is not
+                # Now and then: read the loss from the device, save; stop if asked to
+                loss_sum = loss_sum + loss.detach() + 0 * norm                  # not finite if either is not
                 bar.update()
                 stop = len(signals)                                             # asked once: all below agrees on it
-                if len(losses) == READ_EVERY or i + 1 == batches or stop:
-                    read = torch.stack(losses).tolist()                         # waits for the device
-                    seconds += time.perf_counter() - started
-                    losses.clear()
-                    loss_sum = sum(read, loss_sum)
+                if (i + 1) % READ_EVERY == 0 or i + 1 == batches or stop:
                     if not math.isfinite(loss_sum):
                         raise UserError(f"the loss is not finite at step {step + 1}: try a lower --lr ({out} is kept)")
-                    bar.set_postfix(epoch=epoch + 1, loss=f"{read[-1]:.4f}", refresh=False)
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.4f}", refresh=False)
                     if stop or time.monotonic() - saved_at > SAVE_SECONDS:
                         save(epoch, i + 1)
                         saved_at = time.monotonic()
@@ -459,11 +453,10 @@ def main(argv=None):
 
             # The epoch's end: validation, a row for log.csv, now and then pictures
             with amp:
-                right, shuffled, empty = validate(ema, scheduler, pictures, held_out, args.batch_size, args.seed)
-            lr = optimizers[0].param_groups[0]["lr"]
-            log.append(dict(epoch=epoch + 1, step=(epoch + 1) * batches, lr=f"{lr:.3e}", seconds=f"{seconds:.1f}",
-                            train_loss=f"{loss_sum / batches:.5f}", val_loss=f"{right:.5f}",
-                            val_loss_shuffled=f"{shuffled:.5f}", val_loss_empty=f"{empty:.5f}"))
+                right, other, empty = validate(ema, scheduler, pictures, held_out, args.batch_size, args.seed)
+            log.append(dict(epoch=epoch + 1, step=(epoch + 1) * batches, lr=f"{optimizers[0].param_groups[0]['lr']:g}",
+                            seconds=f"{time.monotonic() - began:.1f}", train_loss=f"{float(loss_sum) / batches:.5f}",
+                            val_loss=f"{right:.5f}", val_loss_shuffled=f"{other:.5f}", val_loss_empty=f"{empty:.5f}"))
             loss_sum = 0.0
             if epoch + 1 == args.epochs:
                 save(args.epochs, 0)
@@ -472,8 +465,10 @@ def main(argv=None):
             if epoch + 1 == args.epochs or (epoch + 1) % args.sample_every == 0:
                 rows = [i for i in range(len(args.prompts)) for _ in range(SAMPLES)]
                 seeds = [(args.seed, i) for i in range(SAMPLES)] * len(args.prompts)  # one noise for all rows
-                sheet = contact_sheet(args.prompts, draw(ema, scheduler, text, rows, seeds, amp))
-                by_product(out / "samples" / f"epoch_{epoch + 1:04d}.png", sheet.save)
+                labels = [f"epoch {epoch + 1}, guidance {GUIDANCE_SCALE}: {words}" for words in args.prompts]
+                sheet = contact_sheet(labels, draw(ema, scheduler, text, rows, seeds, amp))
+                info = png_text(prompt=" | ".join(labels), seed=args.seed, steps=STEPS, dataset=args.dataset)
+                by_product(out / "samples" / f"epoch_{epoch + 1:04d}.png", lambda file: sheet.save(file, pnginfo=info))
                 by_product(out / "loss.png", lambda file: plot_losses(log, file))
     say(f"done: {path}")
 

@@ -47,6 +47,12 @@ def draw(path, prompts, count=6, **options):
     return sampling.draw(unet, scheduler, encoder([*prompts, ""]), rows, seeds, amp, **options)
 
 
+def row(path, prompt, steps=sampling.STEPS, guidance_scale=sampling.GUIDANCE_SCALE):
+    """A label that says how they were drawn, and six pictures of a prompt."""
+    return (f"{load(path)[-1]}, {steps} steps, guidance {guidance_scale:g}: {prompt}",
+            draw(path, [prompt], steps=steps, guidance_scale=guidance_scale))
+
+
 def save_sheet(name, rows):
     """{label: the pictures of its row} -> a file of this folder."""
     sampling.contact_sheet(list(rows), torch.cat(list(rows.values()))).save(HERE / name)
@@ -75,22 +81,20 @@ def main():
                         help="checkpoints of it kept on the way, the earliest first: over_time.png, progress.png")
     args = parser.parse_args()
     if args.demo:
-        save_sheet("demo_samples.png", {prompt: draw(args.demo, [prompt]) for prompt in DEMO})
-        save_sheet("demo_steps.png", {f"{steps} steps: {DEMO[2]}": draw(args.demo, [DEMO[2]], steps=steps)
-                                      for steps in (5, 10, 25, 50, 1000)})
+        save_sheet("demo_samples.png", dict(row(args.demo, prompt) for prompt in DEMO))
+        save_sheet("demo_steps.png", dict(row(args.demo, DEMO[2], steps) for steps in (5, 10, 25, 50, 1000)))
         animate(args.demo, DEMO, "demo_noise.gif")
         shutil.copy(args.demo / "nearest.png", HERE / "demo_nearest.png")
     if args.pokemon:
         for name, prompts, scales in (("plain_and_guided.png", VIDEO, [1, sampling.GUIDANCE_SCALE]),
                                       ("guidance_scales.png", SAMPLES[:1], [1, 1.5, 2, 3, 5])):
-            save_sheet(name, {f"guidance {scale:g}: {prompt}": draw(args.pokemon, [prompt], guidance_scale=scale)
-                              for prompt in prompts for scale in scales})
-        save_sheet("pokemon_samples.png", {prompt: draw(args.pokemon, [prompt]) for prompt in SAMPLES})
+            save_sheet(name, dict(row(args.pokemon, prompt, guidance_scale=scale)
+                                  for prompt in prompts for scale in scales))
+        save_sheet("pokemon_samples.png", dict(row(args.pokemon, prompt) for prompt in SAMPLES))
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
     if args.over_time:
         chosen = [args.over_time[round(i * (len(args.over_time) - 1) / 2)] for i in range(3)]
-        save_sheet("progress.png", {f"{load(path)[-1]}: {prompt}": draw(path, [prompt])
-                                    for path in dict.fromkeys(chosen) for prompt in PROGRESS})
+        save_sheet("progress.png", dict(row(path, prompt) for path in dict.fromkeys(chosen) for prompt in PROGRESS))
         save_sheet("over_time.png", {f"{load(path)[-1]}: {SAMPLES[0]}, {VIDEO[2]}":
                                      draw(path, [SAMPLES[0], VIDEO[2]], count=3) for path in args.over_time})
 

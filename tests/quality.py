@@ -107,7 +107,7 @@ def main():
         raise UserError(f"--dataset: these are not the pictures that {args.checkpoint} was trained on")
     training, held_out = pictures.split(seed)
     count = args.count or (128 if size <= 32 else 64)
-    chosen = ((held_out + training) * count)[:count]           # their captions; the held-out ones first
+    chosen = torch.cat([held_out, training]).repeat(count)[:count].tolist()  # their captions; the held-out ones first
     _, *chosen_text = pictures.batch([0] * (count + 1), [*chosen, NO_CAPTION])
 
     def draw(text, steps, scale):
@@ -117,7 +117,7 @@ def main():
             return sampling.draw(unet, scheduler, text, rows, [(0, i) for i in rows], amp, steps, scale,
                                  lambda number, x_t: bar.update(len(x_t)))
 
-    print(f"epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 60:.0f} minutes of training steps")
+    print(f"epoch {checkpoint['epoch']}, {checkpoint['seconds'] / 60:.0f} minutes")
     with amp:
         losses = train.validate(unet, scheduler, pictures, held_out, 16, seed)
     print("held-out loss: right caption {:.5f}, shuffled {:.5f}, none {:.5f}".format(*losses))

@@ -47,6 +47,13 @@ def sample(tmp_path, capfd, monkeypatch):
 def test_what_is_on_the_hub_alone_without_the_hub(flags, name, tmp_path):
     done = run("train_diffusion.py", *flags, cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     assert says_one_line(done, "error: ", name, "HF_ENDPOINT", "local folder", "--demo")
+
+
+def test_a_hub_that_is_out_of_reach_is_told_soon(tmp_path):
+    """Nothing listens on that port. Its libraries alone would try again for minutes."""
+    done = run("train_diffusion.py", cwd=tmp_path, timeout=90, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"),
+               HF_ENDPOINT="http://127.0.0.1:9")
+    assert says_one_line(done, "error: ", "HF_ENDPOINT", "local folder", "--demo")
     assert not (tmp_path / "output").exists()
 
 

@@ -423,7 +423,7 @@ def test_five_captions_of_a_picture_stay_on_one_side(tmp_path, encoder):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pictures = train_diffusion.Pictures(read(folder), 16, encoder)
     for seed in range(5):
-        training, held_out = pictures.split(seed)
+        training, held_out = (side.tolist() for side in pictures.split(seed))
         assert sorted(training + held_out) == list(range(60)) and len(held_out) % 5 == 0 < len(held_out)
         assert not {i // 5 for i in training} & {i // 5 for i in held_out}
 

@@ -300,10 +300,11 @@ def test_a_tenth_is_held_out_by_the_seed_and_no_picture_is_on_both_sides(encoder
     noise = [Image.effect_noise((16, 16), 99).convert("RGB") for _ in range(60)]
     rows = [(f"{i}", encoded(noise[i % 60], format="PNG" if i < 60 else "BMP"), f"number {i}") for i in range(100)]
     several = train.Pictures(rows, 16, encoder)
-    training, held_out = several.split(0)
+    training, held_out = (side.tolist() for side in several.split(0))
     assert sorted(training + held_out) == list(range(100))
     assert not {i % 60 for i in training} & {i % 60 for i in held_out} and len({i % 60 for i in held_out}) == 6
-    assert several.split(0) == (training, held_out) != several.split(1)
+    again, other = ([side.tolist() for side in several.split(seed)] for seed in (0, 1))
+    assert again == [training, held_out] != other
     alone = train.Pictures(rows[:60], 16, encoder)
     assert [len(side) for side in alone.split(0)] == [54, 6]
     few = train.Pictures(rows[:3], 16, encoder)
@@ -313,14 +314,14 @@ def test_a_tenth_is_held_out_by_the_seed_and_no_picture_is_on_both_sides(encoder
 def test_no_more_are_held_out_than_are_looked_at(encoder, scheduler):
     """Of 400 pictures 32, not a tenth: the others would serve nothing. validate looks at each of them."""
     pictures = made_of(["a bird"] * 399 + ["a red bird"], encoder)
-    training, held_out = pictures.split(0)
+    training, held_out = (side.tolist() for side in pictures.split(0))
     assert len(held_out) == train.MAX_HELD_OUT == 32 and sorted(training + held_out) == list(range(400))
     asked = []
 
     def network(x_t, t, states, mask):
         asked.extend(zip(x_t, t.tolist()))
         return x_t
-    train.validate(network, scheduler, pictures, held_out, 5, 0)
+    train.validate(network, scheduler, pictures, torch.tensor(held_out), 5, 0)
     assert len(asked) == 3 * 32
     noise = [x_t - scheduler.sqrt_alpha_bar[t] * pictures.batch([row], [row])[0]
              for row, (x_t, t) in zip(held_out * 3, asked)]
@@ -408,11 +409,11 @@ def test_the_loss_is_the_weighted_error_of_the_clean_picture(scheduler):
 def test_validation_repeats_exactly_and_sees_the_caption(pictures, scheduler):
     torch.manual_seed(0)
     unet = UNet(image_size=16, channels=32, context_dim=pictures.states.shape[-1]).eval()
-    first = train.validate(unet, scheduler, pictures, list(range(10)), 4, 0)
+    first = train.validate(unet, scheduler, pictures, torch.arange(10), 4, 0)
     torch.randn(7)
-    assert train.validate(unet, scheduler, pictures, list(range(10)), 4, 0) == first
+    assert train.validate(unet, scheduler, pictures, torch.arange(10), 4, 0) == first
     assert len(set(first)) == 3
-    other_batches = train.validate(unet, scheduler, pictures, list(range(10)), 10, 0)
+    other_batches = train.validate(unet, scheduler, pictures, torch.arange(10), 10, 0)
     assert first == pytest.approx(other_batches, rel=1e-4)
 
 
@@ -423,7 +424,7 @@ def shuffled(pictures, held_out, scheduler):
     def network(x_t, t, states, mask):
         asked.extend(row[real].numpy().tobytes() for row, real in zip(states, mask))
         return x_t
-    train.validate(network, scheduler, pictures, held_out, 3, 0)
+    train.validate(network, scheduler, pictures, torch.tensor(held_out), 3, 0)
     right, others, empty = (asked[i * len(held_out):(i + 1) * len(held_out)] for i in range(3))
     assert right == words(pictures, *held_out) and empty == words(pictures, *[NO_CAPTION] * len(held_out))
     return right, others
@@ -652,7 +653,7 @@ def test_an_epoch_takes_each_picture_once_in_an_order_of_its_own(main, pictures)
     taken = []
     main("--batch-size", 8, "--epochs", 2, look=lambda step, unet, batch: taken.extend(map(which, batch[0])))
     first, second = taken[:16], taken[16:]
-    assert len(set(first)) == len(set(second)) == 16 and set(first + second) <= set(pictures.split(0)[0])
+    assert len(set(first)) == len(set(second)) == 16 and set(first + second) <= set(pictures.split(0)[0].tolist())
     assert first != second
 
 
@@ -953,6 +954,9 @@ def test_the_sampler_draws_what_the_last_sheet_of_the_training_shows(small, tmp_
     sample_diffusion.main(["a red creature", "--num-images", str(train.SAMPLES), "--precision", "fp32", "--device",
                            "cpu", "--checkpoint", "run/checkpoint.pt", "--output", "sheet.png"])
     sheets = [np.asarray(Image.open(tmp_path / name)) for name in ("run/samples/epoch_0001.png", "sheet.png")]
+    text = Image.open(tmp_path / "run" / "samples" / "epoch_0001.png").text
+    assert text["prompt"] == f"epoch 1, guidance {sample_diffusion.GUIDANCE_SCALE}: a red creature"
+    assert text["seed"] == "0" and text["steps"] == str(sample_diffusion.STEPS) and text["dataset"] == str(small[1])
     below = slice(sample_diffusion.LABEL, None)
     assert sheets[0].shape == sheets[1].shape and np.array_equal(sheets[0][below], sheets[1][below])
 
