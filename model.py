@@ -243,7 +243,7 @@ class TextEncoder(nn.Module):
         import huggingface_hub as hub
         try:
             os.path.exists(name) or hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
-        except Exception:                            # out of reach: with the cache alone; else minutes of new tries
+        except Exception:                            # unreachable: use the cache; the libraries retry for minutes
             hub.constants.HF_HUB_OFFLINE = True
         import transformers                          # takes seconds to import: only where captions are encoded
         transformers.logging.set_verbosity_error()   # no list of CLIP's picture weights, which stay unused
