@@ -198,7 +198,7 @@ class Pictures:
         return self.pixels[indices].float() / 127.5 - 1, self.states[tokens], mask
 
     def split(self, seed):
-        """Two tensors of rows, training and held out, shuffled by the seed. All rows of a picture are in the same one."""
+        """Two tensors of rows, training and held out, shuffled by the seed. A picture's rows stay together."""
         order = torch.randperm(len(self.pixels), generator=generator_for(seed, "split")).tolist()
         different = list(dict.fromkeys(self.hashes[i] for i in order))
         held_out = set(different[:min(MAX_HELD_OUT, max(1, round(len(different) / 10)))])
