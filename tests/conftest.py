@@ -7,7 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"))
+# One thread: the demo trains on one core, the other tests run on another; two threads each would wait for each other
+os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=tempfile.mkdtemp(prefix="hf_home_"), OMP_NUM_THREADS="1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
@@ -90,10 +91,28 @@ def small(folder, tmp_path):
     return small_flags(folder, tmp_path)
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """`python train_diffusion.py --demo`, run once for all tests -> the folder in which it ran."""
+def pytest_collection_modifyitems(items):
+    """Tests of the demo come last: its run takes minutes."""
+    items.sort(key=lambda item: "demo" in item.fixturenames)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def demo_run(request, tmp_path_factory):
+    """`python train_diffusion.py --demo`, started before the first test if any asks for it -> (process, folder)."""
+    if not any("demo" in item.fixturenames for item in request.session.items):
+        yield
+        return
     path = tmp_path_factory.mktemp("demo")
-    done = run("train_diffusion.py", "--demo", cwd=path)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, str(ROOT / "train_diffusion.py"), "--demo"]
+    with open(path / "said", "w") as said, subprocess.Popen(command, cwd=path, stdout=said, stderr=said) as process:
+        yield process, path
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def demo(demo_run):
+    """The folder in which the demo ran, once it has ended."""
+    process, path = demo_run
+    assert process.wait(timeout=1800) == 0, (path / "said").read_text()
+    torch.set_num_threads(os.cpu_count())  # both cores are free again
     return path
