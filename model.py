@@ -161,16 +161,14 @@ class UNet(nn.Module):
     x_t (B, 3, H, W), H and W multiples of DOWNSAMPLING; t (B,) integers 1 ... T; context (B, L, D) the
     states of the caption's tokens; mask (B, L) True for real tokens, at least one per row. Returns x_0 (B, 3, H, W).
     It predicts x_0 and not the noise: pictures lie near a low-dimensional manifold, noise does not (JiT).
-    channels: c, a multiple of HEAD_DIM, the first level's width (the others have 2c, 3c, 4c); context_dim: D, the text
-    encoder's width; image_size: that of training, kept for the sampler.
+    channels: c, a multiple of HEAD_DIM, the first level's width; context_dim: D; image_size: kept for the sampler.
     """
     def __init__(self, image_size=64, channels=64, context_dim=512):
         super().__init__()
         self.config = dict(image_size=image_size, channels=channels, context_dim=context_dim)  # to rebuild it
         c, time_dim = channels, 4 * channels
         self.time_mlp = nn.Sequential(nn.Linear(c, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim), nn.SiLU())
-        # Most of a token's state is the same in all captions. train_diffusion.py puts the mean and standard deviation
-        # over its captions here, so that what is left is what the captions say
+        # Mean and standard deviation over the captions, set by train_diffusion.py: what is left is what a caption says
         self.register_buffer("text_mean", torch.zeros(context_dim))             # (D,)
         self.register_buffer("text_std", torch.ones(context_dim))               # (D,)
 
@@ -315,25 +313,26 @@ class NoiseScheduler(nn.Module):
         variance = (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta                 # 0 if s = 0
         return mean + math.sqrt(variance) * z
 
-    def predict(self, unet, x_t, t, caption, no_caption, guidance_scale):
+    def predict(self, unet, x_t, t, caption, no_caption, guidance_scale, early=None):
         """The network's estimate of x_0 (B, 3, H, W), guided and clipped. Arguments as for `sample`."""
         t = torch.full((len(x_t),), t, device=x_t.device)                       # (B,)
         x_0 = unet(x_t, t, *caption)
         if guidance_scale != 1:
             # CFG Eq. 6 with w = guidance_scale - 1, and x_0 for epsilon: if x_t is given, one is affine in the other
-            x_0_empty = unet(x_t, t, *no_caption)
+            x_0_empty = (early or unet)(x_t, t, *no_caption)
             x_0 = x_0_empty + guidance_scale * (x_0 - x_0_empty)
         return x_0.clamp(-1, 1)                                                 # so that no error piles up
 
     @torch.no_grad()
-    def sample(self, unet, x_t, caption, no_caption, guidance_scale, generators):
+    def sample(self, unet, x_t, caption, no_caption, guidance_scale, generators, early=None):
         """DDPM Algorithm 2, from x_T, pure noise (B, 3, H, W). Yields x_{T-1}, ..., x_0, the last one in [-1, 1].
 
         caption, no_caption: (states (B, L, D), mask (B, L)) of the captions and of the empty caption. guidance_scale:
         0 is without the caption, 1 plain conditional sampling, above 1 guided. generators: as for `noise_like`.
+        early: an early state of unet, asked without the caption in its place (arXiv 2406.02507); None is CFG.
         """
         for t in range(self.num_timesteps, 0, -1):
-            x_0 = self.predict(unet, x_t, t, caption, no_caption, guidance_scale)
+            x_0 = self.predict(unet, x_t, t, caption, no_caption, guidance_scale, early)
             x_t = self.step(x_0, x_t, t, t - 1, noise_like(x_t, generators))
             yield x_t
 
@@ -353,13 +352,13 @@ class NoiseScheduler(nn.Module):
         return x_0 + (lambda_s - lambda_t) / (2 * (lambda_t - lambda_prev)) * (x_0 - x_0_prev)
 
     @torch.no_grad()
-    def sample_few_steps(self, unet, x_t, caption, no_caption, guidance_scale, generators, steps):
+    def sample_few_steps(self, unet, x_t, caption, no_caption, guidance_scale, generators, steps, early=None):
         """As `sample`, but in 1 to T - 1 longer steps."""
         t_prev = x_0_prev = scale_prev = None
         times = self.timesteps(steps)
         for t, s in zip(times, times[1:]):
             scale = guidance_scale if t > GUIDANCE_MIN_T else min(guidance_scale, 1)
-            x_0 = self.predict(unet, x_t, t, caption, no_caption, scale)
+            x_0 = self.predict(unet, x_t, t, caption, no_caption, scale, early)
             # Not in the first step, nor where guidance has just ended (it would be in x_0 - x_0_prev), nor at lambda_0
             x_0_mid = self.extrapolate(x_0, x_0_prev, t_prev, t, s) if scale == scale_prev and s else x_0
             t_prev, x_0_prev, scale_prev = t, x_0, scale

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, PngImagePlugin
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -32,12 +31,12 @@ FRAMES = 30                           # of an animation, at most
 
 
 def draw(unet, scheduler, text, rows, seeds, amp, steps=STEPS, guidance_scale=GUIDANCE_SCALE,
-         on_step=lambda step, x_t: None):
+         on_step=lambda step, x_t: None, early=None):
     """Captions -> uint8 pictures (B, 3, H, W) on the CPU.
 
     text: (states (N + 1, L, D), mask (N + 1, L)) of N captions and, last, the empty one; rows: B of them, to be drawn;
     seeds: B tuples of whole numbers, from which alone each picture's noise follows; amp: what `autocast` returns;
-    on_step: called with the number of each step, from 0, and its x_t.
+    on_step: called with the number of each step, from 0, and its x_t; early: as for `NoiseScheduler.sample`.
     """
     sample = scheduler.sample if steps == scheduler.num_timesteps else partial(scheduler.sample_few_steps, steps=steps)
     device, size = scheduler.sqrt_alpha_bar.device, unet.config["image_size"]
@@ -48,7 +47,7 @@ def draw(unet, scheduler, text, rows, seeds, amp, steps=STEPS, guidance_scale=GU
         caption = [part[rows[first:first + BATCH]].to(device) for part in text]
         no_caption = [part[[NO_CAPTION] * len(generators)].to(device) for part in text]
         with amp:
-            for step, x_t in enumerate(sample(unet, x_t, caption, no_caption, guidance_scale, generators)):
+            for step, x_t in enumerate(sample(unet, x_t, caption, no_caption, guidance_scale, generators, early=early)):
                 on_step(step, x_t)
         pictures.append(to_uint8(x_t).cpu())
     return torch.cat(pictures)
@@ -68,7 +67,7 @@ def contact_sheet(labels, pictures):
 
 def png_text(**about):
     """PNG metadata: Image.open(path).text shows it, and many viewers do."""
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     for name, value in about.items():
         info.add_itxt(name, str(value).encode("utf-8", "replace").decode().replace("\0", " "))
     return info
@@ -118,8 +117,7 @@ def load_checkpoint(path):
 
 def number(kind, low, high, multiple_of=None):
     """An argparse type: an int or a float from low to high, and a multiple of `multiple_of` if that is given."""
-    def number(text):
-        """Its text -> the number. argparse prints this function's name in 'invalid number value'."""
+    def number(text):  # the name that argparse prints in 'invalid number value'
         value = kind(text)
         if not low <= value <= high or multiple_of and value % multiple_of:
             raise ArgumentTypeError(f"{text} is not from {low} to {high}, in steps of {multiple_of or 'any size'}")
@@ -141,6 +139,7 @@ def parse_args(argv=None):
     add("--text-encoder", help="where it is now, if the checkpoint's was moved")
     add("--guidance-scale", type=number(float, 0, 100), nargs="+", default=[GUIDANCE_SCALE],
         help="weight of the prompt; 1 is plain conditional sampling, 0 without the prompt; for several, a row each")
+    add("--early", action="store_true", help="guide away from an early state of the network: for long runs")
     add("--steps", type=number(int, 1, 1000), default=STEPS, help="denoising steps; 1000 is DDPM as in the paper")
     add("--num-images", type=number(int, 1, 10_000), default=1, help="pictures per prompt")
     add("--animate", action="store_true", help="also write a .gif: the noise turning into the pictures")
@@ -162,8 +161,9 @@ def main(argv=None):
         raise UserError("no output/*/checkpoint.pt here: train with train_diffusion.py first, or name a --checkpoint")
     checkpoint = load_checkpoint(path)
     with user_errors(f"checkpoint {path} does not fit this version of model.py"):
-        unet = place(UNet(**checkpoint["config"]).eval(), device)
+        unet, early = (place(UNet(**checkpoint["config"]).eval(), device) for _ in range(2))
         unet.load_state_dict(checkpoint["ema"])
+        early.load_state_dict(checkpoint["early"] or checkpoint["ema"])
         trained_on = f"{path}: trained for {checkpoint['epoch']} epochs on {checkpoint['dataset']}"
         encoder_name = args.text_encoder or checkpoint["text_encoder"]
     text = TextEncoder(encoder_name)([*args.prompts, ""])       # one call, so all have one length L
@@ -176,16 +176,15 @@ def main(argv=None):
     frames = {step: [] for step in torch.linspace(0, args.steps - 1, FRAMES).round().int().tolist()}
     with tqdm(total=len(rows) * len(seeds) * args.steps, unit=" picture steps", leave=False) as bar:
         def on_step(step, x_t):
-            """Move the bar on, and keep what --animate shows."""
             bar.update(len(x_t))
             if args.animate and step in frames:
                 frames[step].append(to_uint8(x_t).cpu())
         pictures = torch.cat([draw(unet, scheduler, text, [i] * len(seeds), seeds, autocast(device, args.precision),
-                                   args.steps, scale, on_step) for i, scale in rows])
+                                   args.steps, scale, on_step, early if args.early else None) for i, scale in rows])
 
     # The sheet, each picture, the animation: {path: what writes it}
-    labels = [f"guidance {scale:g}: {args.prompts[i]}" for i, scale in rows]
-    about = dict(seed=args.seed, steps=args.steps, checkpoint=trained_on)
+    labels = [f"guidance {scale:g}{', early' * args.early}: {args.prompts[i]}" for i, scale in rows]
+    about = dict(seed=args.seed, steps=args.steps, early=args.early, checkpoint=trained_on)
     info = png_text(prompt=" | ".join(labels), **about)
     files = {args.output: partial(contact_sheet(labels, pictures).save, pnginfo=info)}
     for n, picture in enumerate(pictures):

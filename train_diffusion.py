@@ -41,6 +41,7 @@ NEWTON_SCHULZ_STEPS = 5  # in Muon; with 2, samples are clearly worse
 CLIP_NORM = 1.0          # longer gradients are scaled down to this norm
 MAX_HELD_OUT = 32        # pictures that are never trained on; of fewer than 320, a tenth
 SAMPLES = 6              # pictures of each prompt on a sample sheet
+EARLY = 0.09             # share of a run after which the network is copied, for sample_diffusion.py --early
 READ_EVERY = 10          # steps between readings of the loss: each waits for the device to have done its steps
 SETTINGS = ("image_size", "channels", "batch_size", "lr", "caption_cut", "seed")  # of a run: --resume keeps them
 SAVE_SECONDS = 600       # between checkpoints
@@ -137,10 +138,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 gradient = weight.grad.flatten(1)                               # (m, n)
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(gradient)
-                momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(gradient))
+                momentum.lerp_(gradient, 1 - MOMENTUM)
                 nesterov = gradient.lerp(momentum, MOMENTUM)
                 update = orthogonalize(nesterov).to(weight.dtype).view_as(weight)
                 weight.mul_(1 - group["lr"] * WEIGHT_DECAY)                     # decoupled weight decay, as in AdamW
@@ -375,7 +374,7 @@ def main(argv=None):
     scheduler = NoiseScheduler().to(device)
 
     # Training state
-    first_epoch, first_batch, loss_sum, seconds, log = 0, 0, 0.0, 0.0, []       # log: a row per finished epoch
+    first_epoch, first_batch, loss_sum, seconds, log, early = 0, 0, 0.0, 0.0, [], None  # log: a row per finished epoch
     if checkpoint:
         with user_errors(f"checkpoint {path} does not fit this version of model.py"):
             if (checkpoint["config"] != unet.config or checkpoint["fingerprint"] != pictures.fingerprint
@@ -385,15 +384,16 @@ def main(argv=None):
             ema.load_state_dict(checkpoint["ema"])
             for optimizer, saved in zip(optimizers, checkpoint["optimizers"]):
                 optimizer.load_state_dict(saved)
-            first_epoch, first_batch, loss_sum, seconds, log = (
-                checkpoint[name] for name in ("epoch", "batch", "loss_sum", "seconds", "log"))
+            first_epoch, first_batch, loss_sum, seconds, log, early = (
+                checkpoint[name] for name in ("epoch", "batch", "loss_sum", "seconds", "log", "early"))
 
     def save(epoch, batch):
         """Write checkpoint.pt, from which --resume goes on with this batch of this epoch."""
         state = dict(format=FORMAT, config=unet.config, settings={name: getattr(args, name) for name in SETTINGS},
                      dataset=args.dataset, text_encoder=args.text_encoder, fingerprint=pictures.fingerprint,
                      epoch=epoch, batch=batch, loss_sum=float(loss_sum), seconds=time.monotonic() - began, log=log,
-                     model=unet.state_dict(), ema=ema.state_dict(), optimizers=[one.state_dict() for one in optimizers])
+                     model=unet.state_dict(), ema=ema.state_dict(), early=early,
+                     optimizers=[one.state_dict() for one in optimizers])
         write_atomically(path, lambda file: torch.save(state, file))
     signals = []                                                                # received
 
@@ -434,6 +434,8 @@ def main(argv=None):
                         optimizer.step()
                     optimizer.zero_grad()
                 update_ema(ema, unet, step)
+                if early is None and step + 1 >= EARLY * steps:
+                    early = deepcopy(ema.state_dict())
 
                 # Now and then: read the loss from the device, save; stop if asked to
                 loss_sum = loss_sum + loss.detach() + 0 * norm                  # not finite if either is not

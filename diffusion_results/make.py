@@ -29,28 +29,30 @@ SAMPLES = ["a blue rabbit with a yellow belly", "a drawing of a green dragon wit
 
 @cache
 def load(path):
-    """A checkpoint, or the folder of a run -> its network, scheduler, text encoder, and 'epoch N, M minutes'."""
+    """A checkpoint, or the folder of a run -> its network, early network, scheduler, text encoder, label."""
     saved = sampling.load_checkpoint(path / "checkpoint.pt" if path.is_dir() else path)
     device = pick_device("auto")
-    unet = place(UNet(**saved["config"]).eval(), device)
+    unet, early = (place(UNet(**saved["config"]).eval(), device) for _ in range(2))
     unet.load_state_dict(saved["ema"])
+    early.load_state_dict(saved.get("early") or saved["ema"])
     trained = f"epoch {saved['epoch']}, {saved['seconds'] / 60:.0f} minutes"
-    return unet, NoiseScheduler().to(device), TextEncoder(saved["text_encoder"]), trained
+    return unet, early, NoiseScheduler().to(device), TextEncoder(saved["text_encoder"]), trained
 
 
-def draw(path, prompts, count=6, **options):
+def draw(path, prompts, count=6, early=False, **options):
     """`count` pictures of each of P prompts, all from the same noise: uint8 (P * count, 3, S, S)."""
-    unet, scheduler, encoder, _ = load(path)
+    unet, early_unet, scheduler, encoder, _ = load(path)
     amp = autocast(scheduler.sqrt_alpha_bar.device, "auto")
     rows = [i for i in range(len(prompts)) for _ in range(count)]
     seeds = [(0, n) for n in range(count)] * len(prompts)
-    return sampling.draw(unet, scheduler, encoder([*prompts, ""]), rows, seeds, amp, **options)
+    return sampling.draw(unet, scheduler, encoder([*prompts, ""]), rows, seeds, amp,
+                         early=early_unet if early else None, **options)
 
 
-def row(path, prompt, steps=sampling.STEPS, guidance_scale=sampling.GUIDANCE_SCALE):
+def row(path, prompt, steps=sampling.STEPS, guidance_scale=sampling.GUIDANCE_SCALE, early=False):
     """A label that says how they were drawn, and six pictures of a prompt."""
-    return (f"{load(path)[-1]}, {steps} steps, guidance {guidance_scale:g}: {prompt}",
-            draw(path, [prompt], steps=steps, guidance_scale=guidance_scale))
+    return (f"{load(path)[-1]}, {steps} steps, guidance {guidance_scale:g}{', early' * early}: {prompt}",
+            draw(path, [prompt], steps=steps, guidance_scale=guidance_scale, early=early))
 
 
 def save_sheet(name, rows):
@@ -86,11 +88,11 @@ def main():
         animate(args.demo, DEMO, "demo_noise.gif")
         shutil.copy(args.demo / "nearest.png", HERE / "demo_nearest.png")
     if args.pokemon:
-        for name, prompts, scales in (("plain_and_guided.png", VIDEO, [1, sampling.GUIDANCE_SCALE]),
-                                      ("guidance_scales.png", SAMPLES[:1], [1, 1.5, 2, 3, 5])):
-            save_sheet(name, dict(row(args.pokemon, prompt, guidance_scale=scale)
-                                  for prompt in prompts for scale in scales))
-        save_sheet("pokemon_samples.png", dict(row(args.pokemon, prompt) for prompt in SAMPLES))
+        ways = [dict(guidance_scale=1), {}, dict(early=True)]
+        save_sheet("plain_and_guided.png", dict(row(args.pokemon, prompt, **way) for prompt in VIDEO for way in ways))
+        save_sheet("guidance_scales.png", dict(row(args.pokemon, SAMPLES[0], guidance_scale=scale)
+                                               for scale in (1, 1.5, 2, 3, 5)))
+        save_sheet("pokemon_samples.png", dict(row(args.pokemon, prompt, early=True) for prompt in SAMPLES))
         shutil.copy(args.pokemon / "loss.png", HERE / "loss.png")
     if args.over_time:
         chosen = [args.over_time[round(i * (len(args.over_time) - 1) / 2)] for i in range(3)]

@@ -134,4 +134,4 @@ def test_the_same_seed_gives_the_same_picture_in_any_batch(trained):
 def test_checkpoints_hold_tensors_and_plain_values_only(demo):
     checkpoint = torch.load(demo / "output" / "demo" / "checkpoint.pt", weights_only=True)
     assert {"format", "config", "settings", "dataset", "text_encoder", "fingerprint", "epoch", "batch", "loss_sum",
-            "seconds", "log", "model", "ema", "optimizers"} == set(checkpoint)
+            "seconds", "log", "early", "model", "ema", "optimizers"} == set(checkpoint)

@@ -262,7 +262,7 @@ def test_a_checkpoint_of_another_version(sample, checkpoint, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["format", "weight missing", "weight of another shape", "model", "optimizers", "ema",
-                                  "fingerprint", "epoch", "batch", "loss_sum", "seconds", "log"])
+                                  "fingerprint", "epoch", "batch", "loss_sum", "seconds", "log", "early"])
 def test_resuming_from_a_checkpoint_of_another_version(checkpoint, capfd, tmp_path, kind):
     torch.save(of_another_version(kind, checkpoint()), tmp_path / "checkpoint.pt")
     before = (tmp_path / "checkpoint.pt").read_bytes()

@@ -656,6 +656,16 @@ def test_guidance_scale_0_is_the_empty_prompt_at_scale_1(sample, tmp_path):
     assert abs(plain - empty).max() > 1                                     # and the text counts
 
 
+def test_early_changes_what_is_guided_alone_and_says_so(sample, tmp_path):
+    drawn = {}
+    for flags in ([], ["--early"]):
+        sample("a red bird", "--guidance-scale", 1, 3, *flags)
+        drawn[len(flags)] = [pixels(tmp_path / f"fire_0{i}.png") for i in range(2)]
+    assert np.array_equal(drawn[0][0], drawn[1][0]) and not np.array_equal(drawn[0][1], drawn[1][1])
+    with Image.open(tmp_path / "fire.png") as image:
+        assert "guidance 3, early: a red bird" in image.text["prompt"] and image.text["early"] == "True"
+
+
 @pytest.mark.parametrize("steps, at_most, kept", [(9, 4, [0, 3, 5, 8]), (3, 4, [0, 1, 2]), (1, 4, [0])])
 def test_an_animation_keeps_no_more_than_its_frames(sample, tmp_path, monkeypatch, steps, at_most, kept):
     """Of 1,000 steps of 100 pictures, all x_t would be gigabytes."""

@@ -355,15 +355,15 @@ def test_the_times_run_from_pure_noise_to_the_clean_picture(scheduler):
         assert times == sorted(set(times), reverse=True)
 
 
-def way(scheduler, network, B=2, L=3, size=8, dim=24, steps=10, guidance_scale=2):
+def way(scheduler, network, B=2, L=3, size=8, dim=24, steps=10, guidance_scale=2, early=None):
     """The x_t of all steps, from fixed noise and captions, by the sampler that draws in that many: a generator."""
     caption = torch.randn(B, L, dim, generator=generator_for(1)), torch.ones(B, L, dtype=torch.bool)
     no_caption = torch.zeros(B, L, dim), torch.tensor([[True] + [False] * (L - 1)] * B)
     noise = torch.randn(B, 3, size, size, generator=generator_for(2))
     arguments = network, noise, caption, no_caption, guidance_scale, [generator_for(3, i) for i in range(B)]
     if steps == scheduler.num_timesteps:
-        return scheduler.sample(*arguments)
-    return scheduler.sample_few_steps(*arguments, steps)
+        return scheduler.sample(*arguments, early=early)
+    return scheduler.sample_few_steps(*arguments, steps, early=early)
 
 
 def draw(*args, **kwargs):
@@ -477,6 +477,19 @@ def test_guidance_is_the_papers_equation_in_epsilon(scheduler):
         epsilon, epsilon_empty = ((x_t - signal * answer) / noise for answer in (x_0, x_0_empty))
         epsilon = (1 + 0.5) * epsilon - 0.5 * epsilon_empty
         assert (found - ((x_t - noise * epsilon) / signal).clamp(-1, 1)).abs().max() < 1e-9
+
+
+def test_an_early_network_answers_in_place_of_the_empty_caption(scheduler):
+    x_t, x_0, empty = 0.1 * torch.randn(3, 1, 3, 8, 8, dtype=torch.float64, generator=generator_for("early"))
+    found = scheduler.predict(lambda x, t, answer: answer, x_t, 500, [x_0], [empty], 3, lambda x, t, answer: answer / 2)
+    assert torch.allclose(found, (empty / 2 + 3 * (x_0 - empty / 2)).clamp(-1, 1), atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 1000])
+def test_guidance_away_from_the_network_itself_is_cfg_bit_for_bit(scheduler, steps):
+    cfg = draw(scheduler, told_apart, steps=steps)
+    assert torch.equal(cfg, draw(scheduler, told_apart, steps=steps, early=told_apart))
+    assert not torch.equal(cfg, draw(scheduler, told_apart, steps=steps, early=wavy))
 
 
 @pytest.mark.parametrize("steps", [3, 1000])

@@ -741,6 +741,19 @@ def test_a_wish_to_stop_is_granted_after_the_step(main, tmp_path, capsys, number
     assert "--resume" in capsys.readouterr().out and steps_done(tmp_path / "run") == 2
 
 
+def test_the_early_copy_is_the_average_of_its_time_and_outlives_a_stop(main, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "EARLY", 3 / 8)                      # of 8 steps
+    assert stop_after(main, 2, "--epochs", 2) == 130
+    assert saved(tmp_path / "run")["early"] is None
+    assert stop_after(main, 1, "--epochs", 2, "--resume") == 130
+    checkpoint = saved(tmp_path / "run")
+    early = numbers(checkpoint["early"])
+    assert early == numbers(checkpoint["ema"])
+    main("--epochs", 2, "--resume")
+    checkpoint = saved(tmp_path / "run")
+    assert numbers(checkpoint["early"]) == early != numbers(checkpoint["ema"])
+
+
 def ends_as(out, other):
     """The two folders hold the same states and the same log, bit for bit."""
     assert numbers(saved(out)) == numbers(saved(other))
