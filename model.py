@@ -329,7 +329,7 @@ class NoiseScheduler(nn.Module):
 
         caption, no_caption: (states (B, L, D), mask (B, L)) of the captions and of the empty caption. guidance_scale:
         0 is without the caption, 1 plain conditional sampling, above 1 guided. generators: as for `noise_like`.
-        early: an early state of unet, asked without the caption in its place (arXiv 2406.02507); None is CFG.
+        early: an early state of unet, asked without the caption in its place (after arXiv 2406.02507); None is CFG.
         """
         for t in range(self.num_timesteps, 0, -1):
             x_0 = self.predict(unet, x_t, t, caption, no_caption, guidance_scale, early)
